@@ -1,0 +1,318 @@
+"""The policy π_θ: an autoregressive transformer over VQ codes, its sampling and its log-probabilities.
+
+The architecture is LlamaGen's text-to-image model (Sun et al. 2024, arXiv 2406.06525), entry for entry, so that its public
+files load strictly. Sizes are read from a file's shapes:
+
+    file                      layers  heads  dim    codes   prefix  parameters
+    scenes/policy.pt               3      3    96     512        8       0.5 M
+    t2i_XL_stage1_256.pt          36     20  1280   16384      120       775 M
+    t2i_XL_stage2_512.pt          36     20  1280   16384      120       775 M
+
+Two things differ from a Llama and are easy to get wrong:
+- The prefix (the caption) is not rotated by zero, it is *multiplied* by zero: LlamaGen's rotary table is all zeros there,
+  so q and k of text positions vanish and text attends evenly to the text before it.
+- Captions are left-padded, and a padded position is no key for anyone but itself. One mask, `attention_mask`, serves sampling
+  and scoring; with two, the log-probabilities are those of another model.
+
+Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N image tokens, V codes, C features of the text encoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of a policy. `grid`² = N tokens form an image, row by row."""
+
+    dim: int = 96
+    layers: int = 3
+    head_size: int = 32
+    hidden: int = 256  # of the feed-forward
+    codes: int = 512  # V
+    prefix: int = 8  # T
+    caption_dim: int = 64  # C
+    grid: int = 8
+
+
+# ---- modules -----------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        # In float32 whatever autocast says: the mean of squares of a bf16 row loses the small channels.
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def rotary_table(config, base=10000.0):
+    """Cosines and sines of LlamaGen's 2-D rotary embedding, (T + N, head_size / 2, 2).
+
+    The first half of the pairs turns with the row, the second with the column. The T prefix rows are zero (see above).
+    """
+    quarter = config.head_size // 4
+    frequencies = base ** (-torch.arange(quarter) / quarter)
+    turns = torch.arange(config.grid)[:, None] * frequencies  # (grid, quarter)
+    rows = turns[:, None].expand(-1, config.grid, -1)
+    columns = turns[None].expand(config.grid, -1, -1)
+    angles = torch.cat([rows, columns], -1).flatten(0, 1)  # (N, head_size / 2)
+    table = torch.stack([angles.cos(), angles.sin()], -1)
+    return torch.cat([torch.zeros(config.prefix, *table.shape[1:]), table])
+
+
+def rotate(x, table):
+    """Turns neighbouring pairs of `x` (R, heads, L, head_size) by `table` (L, head_size / 2, 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_size = config.head_size
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, table, mask, cache, start):
+        q, k, v = self.wqkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # each (R, heads, L, head_size)
+        q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]  # only the filled part is attended to
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, table, mask, cache, start):
+        x = x + self.attention(self.attention_norm(x), table, mask, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, features):
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Text features to prefix embeddings; holds the features that stand for "no caption" in guidance."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.uncond_embedding = nn.Parameter(torch.randn(config.prefix, config.caption_dim) / config.caption_dim**0.5)
+        self.cap_proj = CaptionProjection(config)
+
+    def forward(self, features, guided):
+        """(B, T, C) to (B, T, dim); with `guided` (2B, T, dim), the unconditional half last."""
+        if guided:
+            features = torch.cat([features, self.uncond_embedding.expand_as(features)])
+        return self.cap_proj(features)
+
+
+class Policy(nn.Module):
+    """LlamaGen's transformer. Attribute names are its entry names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = CaptionEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.codes, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.codes, bias=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
+
+    def initialize(self, generator):
+        """LlamaGen's start of training: every matrix N(0, 0.02), the output zero."""
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1 and "uncond" not in name:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.output.weight)
+        return self
+
+    def forward(self, x, mask, cache=None, start=0):
+        """Embeddings (R, L, dim) of positions start … start + L to last hidden states of the same shape.
+
+        `mask` (R, 1, L, keys) is true where a position may look. `cache`, from `new_cache`, is read and written.
+        """
+        table = self.rotary[start : start + x.shape[1]]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, table, mask, None if cache is None else cache[i], start)
+        return self.norm(x)
+
+    def new_cache(self, rows, positions):
+        """Room for the keys and values of `rows` sequences: (layers, 2, rows, heads, positions, head_size)."""
+        c, weight = self.config, self.output.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return torch.empty((c.layers, 2, rows, c.dim // c.head_size, positions, c.head_size), device=weight.device, dtype=dtype)
+
+
+# ---- text and masks ----------------------------------------------------------------------------------------------------
+
+
+def left_pad(features, prefix):
+    """Stacks captions' features, each (n, C) with n ≤ `prefix` = T, into (B, T, C) and a mask (B, T), true where text is.
+
+    LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
+    """
+    for rows in features:
+        if not 0 < len(rows) <= prefix:
+            raise ValueError(f"a caption has {len(rows)} text features; the policy takes 1 to {prefix}")
+    padded = torch.stack([F.pad(rows, (0, 0, prefix - len(rows), 0)) for rows in features])
+    lengths = torch.tensor([len(rows) for rows in features])
+    return padded, torch.arange(prefix) >= prefix - lengths[:, None]
+
+
+def attention_mask(text_mask, tokens):
+    """(R, 1, T + tokens, T + tokens), true where a position (row) may look at a key (column).
+
+    Causal over text and image; padding is no key, but every position sees itself, or a padded row would have no key at all.
+    """
+    keys = F.pad(text_mask, (0, tokens), value=True)  # (R, T + tokens)
+    length = keys.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=keys.device)
+    return (causal & keys[:, None, :] | itself)[:, None]
+
+
+# ---- sampling and scoring ----------------------------------------------------------------------------------------------
+
+
+def log_distribution(logits, guidance=1.0, temperature=1.0, top_k=0):
+    """Log-probabilities of the next code, float32, from logits (…, V); with guidance ≠ 1 the first axis holds 2R rows.
+
+    Classifier-free guidance: u + s (c − u), c the first half of the rows and u the second. `top_k` = 0 keeps all codes;
+    `top_k` = 1 is greedy decoding.
+    """
+    logits = logits.float()
+    if guidance != 1:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + guidance * (conditional - unconditional)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def draw_code(log_probs, noise):
+    """Codes (R,) from log-probabilities (R, V) by inverting the distribution function at `noise` (R,), uniform in [0, 1).
+
+    One number a token, where the Gumbel trick needs V: noise is small enough to be an argument, so that two policies can
+    be compared on the same draw and a row's randomness does not depend on its neighbours.
+    """
+    cumulative = log_probs.exp().cumsum(-1)
+    code = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
+    return code.squeeze(1).clamp_max(log_probs.shape[-1] - 1)  # rounding may leave the last sum a hair below the noise
+
+
+@torch.no_grad()
+def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, top_k=0):
+    """Draws G image token sequences for each of B captions.
+
+    features (B, T, C) and text_mask (B, T) from `left_pad`; noise (B, G, N) uniform in [0, 1).
+    Returns codes (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
+    """
+    B, G, N = noise.shape
+    T, guided = features.shape[1], guidance != 1
+    noise = noise.flatten(0, 1)
+    text_mask = text_mask.repeat(2, 1) if guided else text_mask
+    mask = attention_mask(text_mask, N - 1)
+
+    # The caption is read once and its keys and values are shared by its G rollouts.
+    prefix = policy.new_cache(len(text_mask), T)
+    hidden = policy(policy.cls_embedding(features, guided), mask[:, :, :T, :T], prefix)
+    cache = policy.new_cache(len(text_mask) * G, T + N - 1)
+    cache[:, :, :, :, :T] = prefix.repeat_interleave(G, 2)
+    hidden, mask = hidden[:, -1:].repeat_interleave(G, 0), mask.repeat_interleave(G, 0)  # (R or 2R, 1, dim)
+
+    codes = torch.empty(B * G, N, dtype=torch.long, device=noise.device)
+    chosen = torch.empty(B * G, N, device=noise.device)
+    for n in range(N):
+        log_probs = log_distribution(policy.output(hidden[:, 0]), guidance, temperature, top_k)  # (R, V)
+        codes[:, n] = draw_code(log_probs, noise[:, n])
+        chosen[:, n] = log_probs.gather(1, codes[:, n : n + 1])[:, 0]
+        if n + 1 < N:
+            x = policy.tok_embeddings(codes[:, n : n + 1])
+            at = T + n
+            hidden = policy(torch.cat([x, x]) if guided else x, mask[:, :, at : at + 1, : at + 1], cache, at)
+    return codes.view(B, G, N), chosen.view(B, G, N)
+
+
+def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperature=1.0):
+    """Log-probabilities (R, N) of given codes (R, N) in one teacher-forced pass; features (R, T, C), text_mask (R, T).
+
+    The default scores the unguided policy, as the paper does although it samples with guidance; with the sampler's guidance and
+    temperature it scores what was sampled, but for top-k: a code outside the reference's top k would have an infinite KL.
+    """
+    T, guided = features.shape[1], guidance != 1
+    x, inputs = policy.cls_embedding(features, guided), policy.tok_embeddings(codes[:, :-1])
+    if guided:
+        inputs, text_mask = inputs.repeat(2, 1, 1), text_mask.repeat(2, 1)
+    hidden = policy(torch.cat([x, inputs], 1), attention_mask(text_mask, codes.shape[1] - 1))
+    logits = policy.output(hidden[:, T - 1 :])  # (R or 2R, N, V); the last prefix position predicts the first code
+    return log_distribution(logits, guidance, temperature).gather(2, codes[..., None])[..., 0]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
+def policy_from_entries(entries, grid, head_size=None):
+    """A policy from a LlamaGen state dict; sizes from the shapes, `grid` from the image size, `head_size` from the width.
+
+    Raises KeyError for a missing entry and RuntimeError (PyTorch's, naming each) for missing, surplus or misshapen ones.
+    """
+    entries = {name: value for name, value in entries.items() if name != "freqs_cis"}  # older files keep the rotary table
+    codes, dim = entries["tok_embeddings.weight"].shape
+    prefix, caption_dim = entries["cls_embedding.uncond_embedding"].shape
+    config = PolicyConfig(
+        dim=dim,
+        layers=1 + max((int(name.split(".")[1]) for name in entries if name.startswith("layers.")), default=-1),
+        head_size=head_size or {3200: 100, 4096: 128}.get(dim, 64),  # LlamaGen's 3B and 7B; all others 64
+        hidden=entries["layers.0.feed_forward.w1.weight"].shape[0],
+        codes=codes,
+        prefix=prefix,
+        caption_dim=caption_dim,
+        grid=grid,
+    )
+    if dim % config.head_size or config.head_size % 4:
+        raise ValueError(f"width {dim} does not divide into heads of {config.head_size}; name the head size with --head-size")
+    with torch.device("meta"):
+        policy = Policy(config)
+    policy.load_state_dict(entries, strict=True, assign=True)
+    policy.rotary = rotary_table(config)
+    return policy.float()

@@ -1,0 +1,630 @@
+"""Each test names what would be wrong in the world if it failed. `pytest` runs all of them in minutes on two cores.
+
+testdata/reference.npz holds outputs of the public programs (LlamaGen, its VQ tokenizer, pytorch-fid, clean-fid, LPIPS) on weights
+that are a function of their names, so that no weights need to be stored; testdata/manifests.json the names and shapes of
+public checkpoints.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+import policy as policies
+import rankee
+import train
+import vq as tokenizers
+from scenes import world
+
+HERE = Path(__file__).parent
+REFERENCE = np.load(HERE / "testdata" / "reference.npz")
+META = json.loads(str(REFERENCE["meta"]))
+MANIFESTS = json.loads((HERE / "testdata" / "manifests.json").read_text())
+
+
+def reference(name):
+    return torch.from_numpy(REFERENCE[name])
+
+
+def fill(shapes, scale=None):
+    """Entries by name, as the reference values were computed with: a random stream seeded by the name."""
+    entries = {}
+    for name, shape in shapes.items():
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        if name.endswith("running_var"):
+            x = 1 + 0.1 * np.abs(x)
+        elif len(shape) <= 1:
+            x = 1 + 0.1 * x if name.endswith("weight") else 0.02 * x
+        else:
+            x = x * np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]), dtype=np.float32)
+        entries[name] = torch.from_numpy(np.asarray(x, dtype=np.float32)) * (scale or {}).get(name, 1.0)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def llamagen():
+    meta = META["llamagen"]
+    policy = policies.policy_from_entries(fill(meta["shapes"], meta["scale"]), grid=4, head_size=16)
+    return policy, reference("llamagen.caption_features"), reference("llamagen.caption_mask").bool()
+
+
+@pytest.fixture(scope="module")
+def llamagen_vq():
+    return tokenizers.vq_from_entries(fill(META["vq"]["shapes"]))
+
+
+# ---- the public programs' numbers --------------------------------------------------------------------------------------
+
+
+def test_policy_scores_like_llamagen(llamagen):
+    """Else a public checkpoint would be post-trained as another model than the one its authors sample from."""
+    policy, features, mask = llamagen
+    tokens = reference("llamagen.tokens")
+    log_probs = policies.token_log_probs(policy, features, mask, tokens)
+    torch.testing.assert_close(log_probs, reference("llamagen.logprobs"), atol=1e-4, rtol=0)
+    prefix = policy.cls_embedding(features, guided=False)
+    hidden = policy(torch.cat([prefix, policy.tok_embeddings(tokens[:, :-1])], 1), policies.attention_mask(mask, 15))
+    torch.testing.assert_close(policy.output(hidden[:, 11:]), reference("llamagen.logits"), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guidance, expected", [(1.0, "greedy_tokens"), (META["llamagen"]["cfg_scale"], "greedy_tokens_cfg")])
+def test_policy_samples_like_llamagen(llamagen, guidance, expected):
+    """Else rollouts would come from a model that no published number describes."""
+    codes, _ = policies.sample(*llamagen, torch.rand(3, 1, 16), guidance, top_k=1)
+    assert torch.equal(codes[:, 0], reference(f"llamagen.{expected}"))
+
+
+def test_tokenizer_is_llamagens(llamagen_vq):
+    """Else decoded pictures, and the codes of real ones, would be another tokenizer's."""
+    image = reference("vq.image")
+    close = lambda value, name: torch.testing.assert_close(value, reference(name), atol=1e-4, rtol=0)
+    close(llamagen_vq.decode(reference("vq.codes")), "vq.decoded")
+    close(llamagen_vq.latents(image), "vq.pre_quant")
+    assert torch.equal(llamagen_vq.encode(image), reference("vq.encoded_codes"))
+    close(llamagen_vq.decode(llamagen_vq.encode(image)), "vq.reconstruction")
+
+
+@pytest.mark.parametrize("file, sizes", [("vq_ds16_t2i.pt", ()), ("t2i_XL_stage1_256.pt", (16,))])
+def test_public_files_have_the_entries_we_expect(file, sizes):
+    """Else the real file would be refused after hours of download, or sizes read from its shapes would be wrong."""
+    with torch.device("meta"):
+        entries = {name: torch.empty(shape) for name, shape in MANIFESTS[file].items()}
+        build = policies.policy_from_entries if sizes else tokenizers.vq_from_entries
+        model = build(entries, *sizes)
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == MANIFESTS[file]
+
+
+def test_inception_is_the_fid_variant():
+    """Else every FID would be off from the published ones by the pools' treatment of padding, or by the resize."""
+    shapes = MANIFESTS["pt_inception-2015-12-05-6726825d.pth"]
+    network = metrics.inception_from_entries(fill(shapes))
+    pictures = REFERENCE["fid.images"]
+    clean = metrics.prepare_for_inception(pictures, "clean")
+    sample = (clean[0] * 128 + 128).permute(1, 2, 0)[::23, ::23]
+    torch.testing.assert_close(sample, reference("fid.resized_clean_sample"), atol=1e-3, rtol=0)  # of 0 … 255
+    with torch.no_grad():
+        torch.testing.assert_close(network(clean), reference("fid.features_clean"), atol=1e-4, rtol=0)
+        other = network(metrics.prepare_for_inception(pictures, "pytorch-fid"))
+    torch.testing.assert_close(other, reference("fid.features"), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_frechet_distance_is_pytorch_fids(case):
+    """Else FIDs would not compare; case 2 has fewer samples than dimensions, where a general matrix root goes complex."""
+    a, b = (metrics.feature_statistics(REFERENCE[f"frechet.{side}{case}"]) for side in "xy")
+    distance = metrics.frechet_distance(*a, *b)
+    assert distance == pytest.approx(REFERENCE["frechet.expected"][case], rel=1e-6)
+    assert metrics.frechet_distance(*b, *a) == pytest.approx(distance, rel=1e-9)
+    assert 0 <= metrics.frechet_distance(*a, *a) < 1e-6
+
+
+def test_frechet_distance_needs_two_samples():
+    """Else the covariance of one picture is NaN, and so is a number in somebody's table."""
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.feature_statistics(np.zeros((1, 4)))
+
+
+def test_lpips_is_the_one_llamagen_trained_with():
+    """Else both anchors would hold the decoder to another notion of similar."""
+    vgg = fill(MANIFESTS["vgg16-397923af.pth (features only)"])
+    linear = {name: value.abs() for name, value in fill(MANIFESTS["vgg_lpips.pth (linear layers)"]).items()}
+    distance = tokenizers.lpips_from_entries(vgg, linear)(reference("lpips.a"), reference("lpips.b"))
+    torch.testing.assert_close(distance, reference("lpips.distance"), atol=1e-4, rtol=0)
+
+
+# ---- sampling and scoring ----------------------------------------------------------------------------------------------
+
+
+def test_sampled_and_scored_log_probabilities_agree(llamagen):
+    """Else π_old is not the policy that sampled: ratios start away from 1 and the gradient is that of another model. The
+    captions have 12, 5 and 1 tokens, so a mask that differs between the two paths shows."""
+    policy, features, mask = llamagen
+    noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    rows = lambda x: x.repeat_interleave(2, 0)
+    for guidance, temperature in ((1.0, 1.0), (3.0, 0.7)):
+        codes, sampled = policies.sample(policy, features, mask, noise, guidance, temperature)
+        scored = policies.token_log_probs(policy, rows(features), rows(mask), codes.flatten(0, 1), guidance, temperature)
+        torch.testing.assert_close(scored, sampled.flatten(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_cached_sampling_equals_recomputation(llamagen, guidance):
+    """Else a stale or misplaced cache entry changes tokens, which no loss would ever show."""
+    policy, features, mask = llamagen
+    noise = torch.rand(3, 1, 16, generator=torch.Generator().manual_seed(1))
+    fast, _ = policies.sample(policy, features, mask, noise, guidance, top_k=50)
+    codes = torch.empty(3, 0, dtype=torch.long)
+    with torch.no_grad():
+        for n in range(16):
+            logits = []
+            for text in (features, policy.cls_embedding.uncond_embedding.expand_as(features)):
+                x = torch.cat([policy.cls_embedding(text, False), policy.tok_embeddings(codes)], 1)
+                logits.append(policy.output(policy(x, policies.attention_mask(mask, n)))[:, -1])
+            logits = logits[1] + guidance * (logits[0] - logits[1])
+            kept = logits.argsort(1, descending=True)[:, :50]
+            chances = torch.zeros_like(logits).scatter(1, kept, logits.gather(1, kept).softmax(1))
+            drawn = [int((chance.cumsum(0) > u).nonzero()[0]) for chance, u in zip(chances, noise[:, 0, n])]
+            codes = torch.cat([codes, torch.tensor(drawn)[:, None]], 1)
+    assert torch.equal(fast[:, 0], codes)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(llamagen):
+    """Else a caption's picture would change with the batch it is in, and no evaluation could be repeated."""
+    policy, features, mask = llamagen
+    noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(2))
+    together, _ = policies.sample(policy, features, mask, noise, 2.0)
+    for row in range(3):
+        alone, _ = policies.sample(policy, features[row : row + 1], mask[row : row + 1], noise[row : row + 1, 1:], 2.0)
+        assert torch.equal(alone[0, 0], together[row, 1])
+
+
+def test_padding_is_never_read(llamagen):
+    """Else the number of padded positions would speak in every caption's prediction."""
+    policy, features, mask = llamagen
+    codes = reference("llamagen.tokens")
+    rubbish = torch.where(mask[..., None], features, 100.0)
+    clean, dirty = (policies.token_log_probs(policy, f, mask, codes) for f in (features, rubbish))
+    torch.testing.assert_close(clean, dirty, atol=1e-6, rtol=0)
+
+
+def test_captions_are_padded_on_the_left():
+    """Else a model trained with text in the last positions reads holes (the authors' scripts pad on the right)."""
+    features, mask = policies.left_pad([torch.ones(2, 3), torch.ones(4, 3)], 4)
+    assert mask.tolist() == [[False, False, True, True], [True] * 4]
+    assert features[0, :, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="5 text features"):
+        policies.left_pad([torch.ones(5, 3)], 4)
+
+
+def test_draws_follow_the_distribution():
+    """Else rollouts are biased samples of π_θ and the policy gradient is wrong in expectation."""
+    chances = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3, 0.0])
+    noise = (torch.arange(1000) + 0.5) / 1000
+    codes = policies.draw_code(chances.log().expand(1000, -1), noise)
+    assert torch.bincount(codes, minlength=6).tolist() == [0, 200, 500, 0, 300, 0]
+    edges = policies.draw_code(chances.log().expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert edges.tolist() == [1, 4]  # never a code of probability 0
+
+
+# ---- the paper's equations ---------------------------------------------------------------------------------------------
+
+
+def test_group_advantages():
+    """Else the policy is pushed by a caption's difficulty, or by rounding noise where all its samples are equally good."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0 + 1e-5]])
+    advantages = rankee.group_advantages(rewards)
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)
+    torch.testing.assert_close(advantages[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / std)
+    assert advantages[1].tolist() == [0, 0, 0, 0]
+    outlier = torch.zeros(1, 64).index_fill(1, torch.tensor([3]), 100.0)
+    assert rankee.group_advantages(outlier).max() == 5
+
+
+def test_policy_loss_is_the_clipped_surrogate():
+    """Else updates are unbounded, or clipped on the wrong side of the sign of A."""
+    log_probs = torch.tensor([[0.5, -0.5, 0.05], [0.5, -0.5, 0.05]])
+    loss, clipped = rankee.policy_loss(log_probs, torch.zeros(2, 3), torch.tensor([[2.0], [-1.0]]), 0.2)
+    terms = []
+    for row, a in zip(log_probs.exp().tolist(), (2.0, -1.0)):
+        terms += [min(ratio * a, min(max(ratio, 0.8), 1.2) * a) for ratio in row]
+    assert loss.item() == pytest.approx(-sum(terms) / 6)
+    assert clipped.item() == pytest.approx(4 / 6)
+
+
+def test_kl_anchor():
+    """Else a policy equal to its reference would be pulled somewhere."""
+    x = torch.randn(2, 3, requires_grad=True)
+    assert rankee.kl_anchor(x, x.detach()).item() == 0
+    assert rankee.kl_anchor(torch.full((2, 3), 1.5), torch.ones(2, 3)).item() == pytest.approx(0.125)
+
+
+def test_rank_weights():
+    """Else the size of the GAN's gradient depends on rewards (mean ≠ 1), or worse samples weigh more than better ones."""
+    rewards = torch.tensor([[20.0, 23.0, 21.0, 22.0], [30.0, 30.0, 10.0, 29.0]])
+    weights = rankee.rank_weights(rewards, tau=2.0, keep=3)
+    assert (weights > 0).sum(1).tolist() == [3, 3] and weights[0, 0] == 0 and weights[1, 2] == 0
+    torch.testing.assert_close(weights.sum(1), torch.tensor([3.0, 3.0]))
+    assert weights[0].argsort().tolist() == rewards[0].argsort().tolist()
+    assert (weights[0, 1] / weights[0, 3]).item() == pytest.approx(math.exp(0.5))
+    assert sorted(rankee.rank_weights(rewards[:1], 1.0, keep=1)[0].tolist()) == [0, 0, 0, 1]
+    torch.testing.assert_close(rankee.rank_weights(rewards, 1e9, keep=4), torch.ones(2, 4))
+    spread = rankee.rank_weights(rewards * 50 + 7, 1.0, keep=4, by="zscore")
+    torch.testing.assert_close(spread, rankee.rank_weights(rewards, 1.0, keep=4, by="zscore"))
+
+
+def test_adversarial_losses():
+    """Else the discriminator or the decoder pulls the wrong way, or "uniform" and "rank" mean something else."""
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
+    assert rankee.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0 + 0.5 + 2) / 3 + 0.5 * (0 + 1 + 2) / 3)
+    assert rankee.rank_gan_loss(fake, torch.tensor([0.5, 0.5, 2.0])).item() == pytest.approx(-(-1 + 0 + 2) / 3)
+    assert rankee.reward_loss(real, torch.tensor([1.0, 1.0, 1.0])).item() == pytest.approx(-0.5)
+
+
+def test_adaptive_weight_balances_gradients():
+    """Else the GAN term drowns the reconstruction anchor, or does nothing."""
+    layer = torch.tensor([3.0, 4.0], requires_grad=True)
+    weight = rankee.adaptive_weight((layer * layer).sum(), 0.5 * layer.sum(), layer)
+    assert weight.item() == pytest.approx(10 / (0.5 * math.sqrt(2) + 1e-4), rel=1e-5)
+    assert rankee.adaptive_weight((1e9 * layer).sum(), layer.sum(), layer).item() == 1e4
+    assert not weight.requires_grad
+
+
+def test_tau_is_annealed_by_a_half_cosine():
+    """Else soft ranking starts as best-of-G, or stays soft."""
+    tau = lambda step: rankee.annealed_tau(step, 100, 4.0, 1.0, 0.2)
+    assert (tau(0), tau(10), tau(20), tau(99)) == (4.0, pytest.approx(2.5), pytest.approx(1.0), 1.0)
+    assert tau(5) == pytest.approx(1 + 3 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_ema():
+    """Else "EMA decoder" is the online one, or never moves."""
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for weight, value in ((model.weight, 1.0), (ema.weight, 0.0)):
+        torch.nn.init.constant_(weight, value)
+    for _ in range(3):
+        rankee.ema_update(ema, model, 0.9)
+    assert ema.weight.item() == pytest.approx(1 - 0.9**3)
+
+
+def test_token_statistics():
+    """Else the covariate shift is reported with the wrong sign, base or smoothing."""
+    p = metrics.token_histogram(torch.tensor([[0, 0], [0, 1]]), 4)
+    assert p.tolist() == [4 / 8, 2 / 8, 1 / 8, 1 / 8]
+    q = torch.full((4,), 0.25, dtype=torch.float64)
+    assert metrics.token_entropy(p) == pytest.approx(1.75)
+    assert metrics.token_kl(p, q) == pytest.approx((2 - 1.75) * math.log(2))
+    assert metrics.token_kl(p, p) == 0
+
+
+# ---- the two stages ----------------------------------------------------------------------------------------------------
+
+TINY = train.parse_settings(["--captions", "2", "--rollouts", "4", "--real-images", "4", "--micro-batch", "3", "--rounds", "10"])
+
+
+@pytest.fixture(scope="module")
+def base():
+    policy = policies.policy_from_entries(train.read_entries(world.FOLDER / "policy.pt"), 8, world.HEAD_SIZE)
+    vq = tokenizers.vq_from_entries(train.read_entries(world.FOLDER / "vq.pt"))
+    return policy, vq, world.Scenes(train.read_checkpoint(world.FOLDER / "judges.pt"))
+
+
+def players(base, settings, scorer=None):
+    policy, vq, scenes = copy.deepcopy(base[0]), copy.deepcopy(base[1]), base[2]
+    autocast = torch.autocast("cpu", enabled=False)
+    return rankee.Players(
+        policy, vq, copy.deepcopy(scenes.discriminator), scorer or scenes.scorer, scenes.perceptual, settings, autocast
+    )
+
+
+def play(base, settings, rounds=1, scorer=None):
+    """Players after some rounds, with the last round's log and rollouts."""
+    p, generator = players(base, settings, scorer), torch.Generator().manual_seed(3)
+    for step in range(rounds):
+        _, captions, images = base[2].pairs(4, generator, 32)
+        features, mask = base[2].text_features(captions[:2], 8, 64)
+        noise = torch.rand(2, settings.rollouts, 64, generator=generator)
+        log, r = rankee.one_round(p, settings, step, captions[:2], features, mask, images, noise)
+    return p, log, r, images
+
+
+def changed(before, after):
+    return {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
+
+
+def replaced(**changes):
+    return train.dataclasses.replace(TINY, **changes)
+
+
+def test_stage_1_moves_the_policy_alone(base):
+    """Else "standard RL" is not the frozen-decoder arm that RankE is compared with."""
+    p, *_ = play(base, replaced(arm="policy", warmup=0))
+    assert changed(base[0], p.policy) and changed(base[0], p.policy_ema)
+    assert not changed(base[1], p.vq) and not changed(base[1], p.vq_ema) and not changed(base[2].discriminator, p.discriminator)
+
+
+def test_stage_2_moves_the_decoder_alone(base):
+    """Else tokens change their meaning under the policy: encoder and codebook define them."""
+    p, *_ = play(base, replaced(arm="decoder"))
+    moved = changed(base[1], p.vq)
+    assert moved == {name for name in base[1].state_dict() if name.startswith(("decoder.", "post_quant_conv."))}
+    assert changed(base[1], p.vq_ema) and changed(base[2].discriminator, p.discriminator)
+    assert not changed(base[0], p.policy) and not changed(base[0], p.policy_ema)
+
+
+def test_gan_start_holds_the_verdict_back(base):
+    """Else a discriminator that knows nothing yet steers the decoder for its first rounds."""
+    quiet = replaced(arm="decoder", gan_start=5, lambda_d=0.0, lambda_c=0.0, lambda_r=0.0, lambda_g=1.0, weight_decay=0.0)
+    p, log, *_ = play(base, quiet)
+    assert "rank_gan" not in log and log["decoder_grad"] == 0 and not changed(base[1], p.vq)
+    assert changed(base[2].discriminator, p.discriminator)
+    assert changed(base[1], play(base, replaced(**{**vars(quiet), "gan_start": 0}))[0].vq)
+
+
+def test_reward_reaches_the_decoders_last_layer(base):
+    """Else the reward term of stage 2 is a constant (as through a PIL image), and λ_d changes nothing. The encoder and codebook
+    get no gradient."""
+    p, _, r, _ = play(base, TINY)
+    rankee.reward_loss(p.scorer(p.vq.decode(r.codes), r.text), torch.ones(len(r.codes))).backward()
+    assert p.vq.decoder.conv_out.weight.grad.abs().max() > 0
+    assert all(w.grad is None for module in (p.vq.encoder, p.vq.quant_conv, p.vq.quantize) for w in module.parameters())
+
+
+class Brightness(torch.nn.Module):
+    """A reward with a known direction: a picture's mean red, ×100."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def embed_text(self, captions):
+        return torch.zeros(len(captions), 1)
+
+    def forward(self, images, text):
+        return self.slope * 100 * images[:, 0].mean((1, 2))
+
+
+def test_equal_rewards_do_not_move_the_policy(base):
+    """Else the ranking term has a direction of its own."""
+    p, log, *_ = play(base, replaced(arm="policy", beta=0.0, weight_decay=0.0, warmup=0), scorer=Brightness(0.0))
+    assert log["policy_grad"] == 0 and not changed(base[0], p.policy)
+
+
+@pytest.mark.parametrize("slope", [1.0, -1.0])
+def test_stage_2_follows_preferences_and_its_anchor_pulls_back(base, slope):
+    """Else the decoder co-evolves with something other than the reward, or without limit."""
+
+    def red(lambda_c):
+        s = replaced(arm="decoder", gan="none", gan_weight=0.0, lambda_r=0.0, lambda_d=0.05, lambda_c=lambda_c, ema_decoder=1.0)
+        p, _, r, _ = play(base, s, rounds=6, scorer=Brightness(slope))
+        return (p.vq.decode(r.codes) - base[1].decode(r.codes))[:, 0].mean().item() * slope
+
+    free, anchored = red(0.0), red(50.0)
+    assert free > 0.02 and anchored < 0.5 * free
+
+
+def test_rank_gan_favours_preferred_samples(base):
+    """Else Rank-GAN and the uniform GAN are one, and the ablation shows nothing."""
+    grads = {}
+    for gan in ("rank", "uniform", "none"):
+        s = replaced(arm="decoder", gan=gan, lambda_d=0.0, lambda_c=0.0, lambda_r=0.0, clip_grad=1e9, keep=2, tau_start=0.5)
+        log = play(base, s)[1]
+        grads[gan] = log["decoder_grad"]
+    assert grads["none"] == 0 and grads["rank"] > 0 and abs(grads["rank"] - grads["uniform"]) > 1e-6
+
+
+def test_micro_batches_change_memory_not_results(base):
+    """Else an accumulated gradient misses a scale, and results depend on the GPU's size."""
+    settings = replaced(warmup=0, inner_epochs=2, lambda_r=0.0)  # the adaptive GAN weight is a micro-batch's own
+    (a, log_a, *_), (b, log_b, *_) = (play(base, train.dataclasses.replace(settings, micro_batch=size)) for size in (3, 8))
+    for name in ("policy", "vq"):
+        for x, y in zip(getattr(a, name).parameters(), getattr(b, name).parameters()):
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+    assert log_a == pytest.approx(log_b, rel=1e-3, abs=1e-5)
+
+
+def test_score_gap_is_zero_only_for_what_was_sampled(base):
+    """Else the log hides that guided samples are scored by the unguided policy."""
+    assert abs(play(base, replaced(score_guided=True, top_k=0))[1]["score_gap"]) < 1e-5
+    assert abs(play(base, TINY)[1]["score_gap"]) > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(base):
+    """Else NaN spreads into every weight and the run ends days later with nothing."""
+    with pytest.raises(RuntimeError, match="non-finite"):
+        play(base, TINY, scorer=Brightness(float("nan")))
+
+
+# ---- the embedded world ------------------------------------------------------------------------------------------------
+
+
+def test_scenes_show_their_captions(base):
+    """Else rewards, accuracy and pictures speak of different things: the shipped judges read what `draw` draws."""
+    scenes = base[2]
+    attributes, captions, images = scenes.pairs(256, torch.Generator().manual_seed(4), 32)
+    measured = scenes.measure(images, attributes, captions)
+    assert measured["accuracy"] > 0.95 and measured["frechet"] < 3
+    right, wrong = (scenes.scorer(images, scenes.scorer.embed_text(c)).mean() for c in (captions, captions[::-1]))
+    assert right > wrong + 30
+    assert captions[0] == world.caption(attributes[0]) and len(captions[0].split()) == 8
+
+
+def test_reward_reads_every_word(base):
+    """Else reinforcement learning cannot mend what the reward does not see; position was invisible to a plain small CLIP."""
+    scenes = base[2]
+    attributes, captions, images = scenes.pairs(256, torch.Generator().manual_seed(5), 32)
+    right = scenes.scorer(images, scenes.scorer.embed_text(captions))
+    cost = {}
+    for i, name in enumerate(world.ATTRIBUTES):
+        other = attributes.clone()
+        other[:, i] = (other[:, i] + 1) % world.COUNTS[i]
+        cost[name] = (
+            (right - scenes.scorer(images, scenes.scorer.embed_text([world.caption(row) for row in other]))).mean().item()
+        )
+    assert min(cost["vertical"], cost["horizontal"]) > 0.25 * cost["colour"]
+    assert min(cost.values()) > 2
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+SMALL = ["--rounds", "2", "--captions", "2", "--rollouts", "2", "--real-images", "2", "--samples", "32"]
+
+
+def command(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    return subprocess.run(
+        [sys.executable, HERE / "train.py", *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+def finished(*arguments):
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    return out, finished(*SMALL, "--out", out).stdout
+
+
+def test_a_run_leaves_what_it_promises(small_run):
+    """Else a user waits for results that are not there."""
+    out, printed = small_run
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["arm"], row["seed"], row["round"]) for row in rows] == [("base", 0, 0), ("RankE", 0, 2)]
+    assert all(math.isfinite(row[name]) for row in rows for name in ("clip", "frechet", "accuracy", "token_kl", "token_entropy"))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log] == [1, 2]
+    for name in ("reward", "reward_spread", "kl", "clip_fraction", "policy_grad", "decoder_grad", "discriminator", "seconds"):
+        assert name in log[0], name
+    assert printed.count("\nround ") + printed.startswith("round ") == 2 and "CLIP x100" in printed
+    for file in ("samples.png", "decoders.png"):
+        assert train.Image.open(out / file).size[0] > 500
+
+
+def test_one_seed_one_result(small_run, tmp_path):
+    """Else no figure in the README can be reproduced."""
+    out, _ = small_run
+    finished(*SMALL, "--out", tmp_path / "again")
+    finished(*SMALL, "--out", tmp_path / "other", "--seed", "1")
+    results = [(folder / "results.json").read_text() for folder in (out, tmp_path / "again", tmp_path / "other")]
+    assert results[0] == results[1]
+    assert [row["clip"] for row in json.loads(results[0])] != [row["clip"] for row in json.loads(results[2])]
+
+
+def write_miniature(folder):
+    """A policy and a tokenizer in the public files' layout, with what LlamaGen leaves in them; widths cut."""
+    vq = tokenizers.VQModel(tokenizers.VQConfig(multipliers=(1, 1, 1, 1, 1), blocks=2, latent=32, codes=64))
+    policy = policies.Policy(
+        policies.PolicyConfig(dim=128, layers=2, head_size=64, hidden=256, codes=64, prefix=12, caption_dim=48, grid=2)
+    )
+    policy.initialize(torch.Generator().manual_seed(0))
+    entries = {"module." + name: value for name, value in policy.state_dict().items()} | {
+        "module.freqs_cis": torch.zeros(16, 32, 2)
+    }
+    torch.save(
+        {"model": entries, "optimizer": {"state": {}}, "steps": 7, "args": argparse.Namespace(lr=1.0)}, folder / "policy.pt"
+    )
+    torch.save({"model": vq.state_dict()}, folder / "vq.pt")
+    return policy, vq
+
+
+def test_a_checkpoint_in_llamagens_layout_runs_and_comes_back(tmp_path):
+    """Else `--ckpt` is a code path and not a run: a miniature goes through the command, and what is saved loads strictly,
+    by the public names, with the encoder and codebook untouched."""
+    policy, vq = write_miniature(tmp_path)
+    files = ["--ckpt", tmp_path / "policy.pt", "--vq", tmp_path / "vq.pt"]
+    out = tmp_path / "run"
+    finished(*SMALL, *files, "--image-size", 32, "--gan-start", 0, "--out", out)
+    trained = policies.policy_from_entries(train.read_entries(out / "policy.pt"), 2)
+    assert set(train.read_entries(out / "policy.pt")) == set(policy.state_dict()) and changed(policy, trained)
+    saved = tokenizers.vq_from_entries(train.read_entries(out / "vq.pt"))
+    assert set(train.read_entries(out / "vq.pt")) == set(vq.state_dict())
+    assert {name.split(".")[0] for name in changed(vq, saved)} == {"decoder", "post_quant_conv"}
+    finished(*SMALL, "--ckpt", out / "policy.pt", "--vq", out / "vq_ema.pt", "--image-size", 32, "--out", tmp_path / "on")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("this pickle ran code",)
+
+
+def refused(capsys, monkeypatch, *arguments):
+    """The one line that the command prints when it refuses."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and len(err.strip().splitlines()) == 1 and out == "", (out, err)
+    return err
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--gudance", "3"], "unknown option --gudance; the nearest is --guidance"),
+        (["--keep", "9"], "--keep 9 keeps more than the 8 rollouts"),
+        (["--guidance", "0.5"], "--guidance 0.5 is not possible; it must be at least 1"),
+        (["--lr-policy", "nan"], "--lr-policy nan is not possible"),
+        (["--rollouts", "1"], "--rollouts 1 is not possible; it must be at least 2"),
+        (["--gan", "ranked"], "argument --gan: invalid choice: 'ranked'"),
+        (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
+        (["--ckpt", "policy.pt"], "--ckpt and --vq go together"),
+        (["--image-size", "34"], "--image-size 34 is no multiple of the tokenizer's factor 4"),
+    ],
+)
+def test_settings_that_cannot_be_meant(capsys, monkeypatch, tmp_path, arguments, says):
+    """Else a typing mistake costs a night: it is ignored, or found after the model is loaded."""
+    assert says in refused(capsys, monkeypatch, "--out", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
+    """Else training starts from random weights, from another model's, or from somebody's code."""
+    write_miniature(tmp_path)
+    good_policy, good_vq = tmp_path / "policy.pt", tmp_path / "vq.pt"
+    entries = train.read_entries(good_policy)
+    bad = {
+        "truncated.pt": good_policy.read_bytes()[:-2000],
+        "empty.pt": b"",
+        "bomb.pt": pickle.dumps(Bomb()),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({name: value for name, value in entries.items() if name != "norm.weight"}, tmp_path / "missing.pt")
+    torch.save(entries | {"extra.weight": torch.zeros(1)}, tmp_path / "surplus.pt")
+    torch.save(entries | {"norm.weight": torch.zeros(127)}, tmp_path / "shape.pt")
+    torch.save(entries | {"output.weight": torch.zeros(65, 128)}, tmp_path / "codes.pt")
+    expected = {
+        "nowhere.pt": "no such file", ".": "a folder, not a file", "truncated.pt": "truncated or damaged", "empty.pt": "truncated or damaged",
+        "bomb.pt": "not a checkpoint of plain weights", "list.pt": "holds no state dict", "vq.pt": "has no entry 'tok_embeddings.weight'",
+        "missing.pt": "norm.weight", "surplus.pt": "extra.weight", "shape.pt": "norm.weight", "codes.pt": "output.weight",
+    }  # fmt: skip
+    for name, says in expected.items():
+        line = refused(
+            capsys, monkeypatch, "--ckpt", tmp_path / name, "--vq", good_vq, "--image-size", 32, "--out", tmp_path / "run"
+        )
+        assert says in line and str(tmp_path / name) in line, line
+        assert not (tmp_path / "run").exists()
+    assert "has no entry" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, "--out", tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten(small_run, capsys, monkeypatch):
+    """Else the second command of the day deletes the result of the first."""
+    out, _ = small_run
+    before = (out / "results.json").read_bytes()
+    assert "holds a run already" in refused(capsys, monkeypatch, *SMALL, "--out", out)
+    assert (out / "results.json").read_bytes() == before

@@ -1,0 +1,302 @@
+"""The tokenizer: a VQ-GAN's encoder, codebook and decoder D_φ, with the two networks that train it, PatchGAN and LPIPS.
+
+The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for entry, so that `vq_ds16_t2i.pt` loads strictly:
+
+    file               channels  multipliers  factor  codes      parameters
+    scenes/vq.pt             32  1,1,2             4  512 × 8         0.5 M
+    vq_ds16_t2i.pt          128  1,1,2,2,4        16  16384 × 8      72   M
+
+Codebook and latents are l2-normalized on both sides, so the nearest code is the one of largest cosine.
+Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so that a picture's verdict depends neither on the
+pictures beside it nor on train() and eval(), and several processes need not share statistics.
+
+Axes: B images, N = h·w codes, D code size. Pixels are in [-1, 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Sizes of a VQ-GAN. Each level after the first halves the resolution."""
+
+    channels: int = 32
+    multipliers: tuple = (1, 1, 2)
+    blocks: int = 1  # residual blocks a level; the decoder has one more
+    latent: int = 64  # channels between the convolutions and the codebook's projection
+    codes: int = 512
+    code_size: int = 8
+
+    @property
+    def factor(self):
+        """Pixels a code stands for, along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+# ---- VQ-GAN ------------------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.norm1 = group_norm(inside)
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
+        self.norm2 = group_norm(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        if inside != outside:
+            self.nin_shortcut = nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, h·w, channels)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).view_as(x)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as in VQ-GAN
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where `attend`, then a change of resolution."""
+
+    def __init__(self, inside, outside, blocks, attend, resample=None):
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(outside if i else inside, outside) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outside) for _ in range(blocks if attend else 0))
+        if resample:
+            self.add_module(*resample)
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        for resample in ("downsample", "upsample"):
+            if hasattr(self, resample):
+                x = getattr(self, resample)(x)
+        return x
+
+
+def middle(channels):
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.blocks, i == last, ("downsample", Downsample(width)) if i < last else None)
+            for i, (before, width) in enumerate(zip([config.channels, *widths], widths))
+        )
+        self.mid = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.blocks + 1, i == 0, ("upsample", Upsample(width)) if i < last else None)
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.codes, config.code_size)
+        self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage statistic; carried, never read
+
+    def vectors(self):
+        """The unit vectors (V, D), in float32: neighbouring codes differ by less than bf16 resolves."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def nearest(self, latents):
+        """Codes (B, N) of latents (B, D, h, w)."""
+        return torch.einsum("bdhw,vd->bhwv", latents.float(), self.vectors()).argmax(-1).flatten(1)
+
+
+class VQModel(nn.Module):
+    """LlamaGen's VQ-16. Attribute names are its entry names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.latent, config.code_size, 1)
+        self.quantize = Codebook(config)
+        self.post_quant_conv = nn.Conv2d(config.code_size, config.latent, 1)
+        self.decoder = Decoder(config)
+
+    def latents(self, images):
+        """Images (B, 3, H, W) to latents (B, D, h, w) before quantization and normalization."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to codes (B, N), row by row."""
+        return self.quantize.nearest(self.latents(images))
+
+    def decode_latents(self, latents):
+        """Unit latents (B, D, h, w) to images (B, 3, H, W), float32, about [-1, 1] (not clamped: that would cut gradients)."""
+        return self.decoder(self.post_quant_conv(latents)).float()
+
+    def decode(self, codes):
+        """Codes (B, N) of a square image to images (B, 3, H, W)."""
+        side = round(codes.shape[1] ** 0.5)
+        z = self.quantize.vectors()[codes].transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
+        return self.decode_latents(z)
+
+    def moving_parameters(self):
+        """What RankE's stage 2 trains: D and the post-quantization convolution. Encoder and codebook define the tokens and stay."""
+        return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
+
+
+def vq_from_entries(entries):
+    """A VQ-GAN from a state dict in LlamaGen's layout; sizes from the shapes.
+
+    Raises KeyError for a missing entry and RuntimeError (PyTorch's, naming each) for missing, surplus or misshapen ones.
+    """
+    channels = entries["encoder.conv_in.weight"].shape[0]
+    levels = 1 + max((int(name.split(".")[2]) for name in entries if name.startswith("encoder.conv_blocks.")), default=-1)
+    firsts = [entries[f"encoder.conv_blocks.{i}.res.0.conv1.weight"] for i in range(levels)]
+    codes, code_size = entries["quantize.embedding.weight"].shape
+    config = VQConfig(
+        channels=channels,
+        multipliers=tuple(first.shape[0] // channels for first in firsts),
+        blocks=sum(name.startswith("encoder.conv_blocks.0.res.") and name.endswith("conv1.weight") for name in entries),
+        latent=entries["encoder.conv_out.weight"].shape[0],
+        codes=codes,
+        code_size=code_size,
+    )
+    with torch.device("meta"):
+        vq = VQModel(config)
+    statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
+    vq.load_state_dict(statistic | entries, strict=True, assign=True)
+    return vq.float()
+
+
+# ---- the networks that judge a decoder ---------------------------------------------------------------------------------
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
+
+    With kernel 4, `halvings` = 3 sees 70 pixels (VQ-GAN's size); with kernel 3, `halvings` = 1 sees 11.
+    """
+
+    def __init__(self, channels=64, halvings=3, kernel=4):
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(halvings + 1)]
+        layers = [nn.Conv2d(3, channels, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, width) in enumerate(zip(widths, widths[1:])):
+            stride = 2 if i < halvings - 1 else 1
+            layers += [nn.Conv2d(before, width, kernel, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class VGGFeatures(nn.Module):
+    """The five feature maps of VGG16 that LPIPS compares; images in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        self.features = vgg16(weights=None).features
+        # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        x, maps = (images - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features[:30]):
+            x = layer(x)
+            if i in (3, 8, 15, 22, 29):  # the last ReLU before each pooling
+                maps.append(x)
+        return maps
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924).
+
+    `trunk` maps images to a list of feature maps; `weights` holds a non-negative number a channel for each map.
+    """
+
+    def __init__(self, trunk, weights):
+        super().__init__()
+        self.trunk = trunk
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, a, b):
+        """Distances (B,) between images a and b (B, 3, H, W) in [-1, 1]."""
+        total = 0.0
+        for x, y, weight in zip(self.trunk(a), self.trunk(b), self.weights):
+            x, y = (f.float() / (f.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y))
+            total = total + ((x - y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+        return total
+
+
+def lpips_from_entries(vgg, linear):
+    """LPIPS from torchvision's VGG16 entries and the five linear layers (`vgg.pth` of the lpips package). Raises like `vq_from_entries`."""
+    trunk = VGGFeatures()
+    trunk.load_state_dict({name: value for name, value in vgg.items() if name.startswith("features.")}, strict=True)
+    return LPIPS(trunk, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).requires_grad_(False)
