@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from vq import PatchDiscriminator, vq_from_entries
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
+DEVICE, PRECISION = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "float32")
+
 
 @dataclass(frozen=True)
 class Settings(Method):
@@ -46,8 +49,8 @@ class Settings(Method):
     vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: the embedded world's"] = ""
     image_size: Annotated[int, "pixels a side; with the tokenizer's factor it gives the token grid"] = 256
     head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU where there is one"] = "auto"
-    precision: Annotated[Literal["auto", "float32", "bf16"], "of the networks' passes; auto: bf16 on a GPU"] = "auto"
+    device: Annotated[Literal["cpu", "cuda"], "where it runs"] = DEVICE
+    precision: Annotated[Literal["float32", "bf16"], "of the networks' passes; weights stay float32"] = PRECISION
     samples: Annotated[int, "pictures in an evaluation"] = 2048
     save_every: Annotated[int, "rounds between checkpoints; the last round is always saved"] = 500
     pretrain: Annotated[bool, "make the embedded world's base in scenes/ and stop"] = False
@@ -102,9 +105,8 @@ def parse_settings(arguments):
 def check_settings(s):
     """Raises BadInput for a value or a combination that cannot be meant."""
     least = {"guidance": 1, "rollouts": 2, "temperature": 1e-6, "tau_start": 1e-6, "tau_end": 1e-6, "samples": 2}
-    least |= dict.fromkeys(
-        ["rounds", "captions", "micro_batch", "inner_epochs", "ema_policy_every", "image_size", "save_every"], 1
-    )
+    counts = ("rounds", "captions", "micro_batch", "inner_epochs", "ema_policy_every", "image_size", "save_every")
+    least |= dict.fromkeys(counts, 1)
     for name, value in dataclasses.asdict(s).items():
         if isinstance(value, (int, float)) and not least.get(name, 0) <= value < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {value} is not possible; it must be at least {least.get(name, 0)}")
@@ -113,6 +115,8 @@ def check_settings(s):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)} is not possible; it must be at most 1")
     if s.keep > s.rollouts:
         raise BadInput(f"--keep {s.keep} keeps more than the {s.rollouts} rollouts of a caption; give at most --rollouts")
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
     if bool(s.ckpt) != bool(s.vq):
         raise BadInput("--ckpt and --vq go together: a policy's codes mean nothing to another tokenizer; name both")
 
@@ -193,28 +197,12 @@ def save_grid(path, rows, captions, zoom):
             tile = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + x * (cell + gap), y * (cell + gap)))
     for x, text in enumerate(captions):
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if pen.textlength(longer, font) <= cell else [*lines, word]
-        pen.text((margin + x * (cell + gap), len(rows) * (cell + gap) + 4), "\n".join(lines), "black", font)
+        place = (margin + x * (cell + gap), len(rows) * (cell + gap) + 4)
+        pen.text(place, textwrap.fill(text, cell // 7), "black", font)
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def draw_pictures(policy, vq, features, text_mask, noise, s, autocast):
-    """One picture a caption: features (n, T, C), noise (n, 1, N) to codes (n, N) and images (n, 3, H, W)."""
-    codes, images = [], []
-    for rows in torch.arange(len(noise)).split(128):
-        with autocast:
-            codes.append(
-                sample(policy, features[rows], text_mask[rows], noise[rows], s.guidance, s.temperature, s.top_k)[0][:, 0]
-            )
-            images.append(vq.decode(codes[-1]))
-    return torch.cat(codes), torch.cat(images)
 
 
 class Evaluation:
@@ -231,31 +219,29 @@ class Evaluation:
             real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(128)])
         self.real_histogram = token_histogram(real_codes, c.codes)
 
+    @torch.no_grad()
     def __call__(self, policy, vq, arm, step):
-        """A row of results.json, and the pictures and codes it was measured on."""
-        codes, images = draw_pictures(policy, vq, self.features, self.text_mask, self.noise, self.s, self.autocast)
+        """A row of results.json, the pictures (n, 3, H, W) it was measured on and their codes (n, N)."""
+        s, codes, images = self.s, [], []
+        for rows in torch.arange(s.samples).split(128):
+            given = self.features[rows], self.text_mask[rows], self.noise[rows]
+            with self.autocast:
+                codes.append(sample(policy, *given, s.guidance, s.temperature, s.top_k)[0][:, 0])
+                images.append(vq.decode(codes[-1]))
+        codes, images = torch.cat(codes), torch.cat(images)
         histogram = token_histogram(codes, len(self.real_histogram))
-        row = {"arm": arm, "seed": self.s.seed, "round": step, **self.scenes.measure(images, self.attributes, self.captions)}
-        return (
-            row | {"token_kl": token_kl(histogram, self.real_histogram), "token_entropy": token_entropy(histogram)},
-            images,
-            codes,
-        )
+        row = {"arm": arm, "seed": s.seed, "round": step, **self.scenes.measure(images, self.attributes, self.captions)}
+        row |= {"token_kl": token_kl(histogram, self.real_histogram), "token_entropy": token_entropy(histogram)}
+        return row, images, codes
 
 
-COLUMNS = {
-    "clip": "CLIP x100",
-    "frechet": "Frechet",
-    "accuracy": "accuracy",
-    "token_kl": "token KL",
-    "token_entropy": "entropy, bits",
-}
+MEASURES = ("clip", "frechet", "accuracy", "token_kl", "token_entropy")
 
 
 def print_table(rows):
-    print(f"\n{'':14}" + "".join(f"{title:>15}" for title in COLUMNS.values()))
+    print("\n" + " " * 14 + "".join(f"{name:>15}" for name in MEASURES))
     for row in rows:
-        print(f"{row['arm']:14}" + "".join(f"{row[name]:15.3f}" for name in COLUMNS))
+        print(f"{row['arm']:14}" + "".join(f"{row[name]:15.3f}" for name in MEASURES))
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -263,18 +249,10 @@ def print_table(rows):
 NAMES = {"both": "RankE", "policy": "standard RL", "decoder": "decoder only"}
 
 
-def progress_line(step, s, log):
-    """One round for people; the same numbers, all of them, go to log.jsonl."""
-    parts = [f"round {step + 1:4d}/{s.rounds}  reward {log['reward']:6.2f} ± {log['reward_spread']:5.2f}"]
-    if s.arm != "decoder":
-        parts.append(f"KL {log['kl']:.5f}  clipped {log['clip_fraction']:.3f}  |∇π| {log['policy_grad']:.2f}")
-    if s.arm != "policy":
-        losses = ("decoder_reward", "rank_gan", "reconstruction", "consistency", "discriminator")
-        parts.append("  ".join(f"{name.removeprefix('decoder_')[:5]} {log[name]:+.3f}" for name in losses if name in log))
-        parts.append(
-            f"|∇D| {log['decoder_grad']:.2f}" + (f" |∇disc| {log['discriminator_grad']:.2f}" if "discriminator" in log else "")
-        )
-    return "  ".join([*parts, f"{log['seconds']:.1f} s"])
+# What a round's line shows of its log, and under which short name.
+SHOWN = {"reward": "reward", "reward_spread": "±", "kl": "KL", "clip_fraction": "clipped", "decoder_reward": "−wr"}
+SHOWN |= {"rank_gan": "GAN", "reconstruction": "rec", "consistency": "cons", "discriminator": "disc"}
+SHOWN |= {"policy_grad": "|∇π|", "decoder_grad": "|∇D|", "discriminator_grad": "|∇disc|", "seconds": "s"}
 
 
 def run(s):
@@ -282,27 +260,20 @@ def run(s):
     out = Path(s.out)
     if (out / "log.jsonl").exists():
         raise BadInput(f"{out} holds a run already; name another folder with --out, or remove it")
-    device = "cuda" if s.device == "auto" and torch.cuda.is_available() else s.device.replace("auto", "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
-    bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.precision == "bf16")
 
     # Load
-    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries).to(device)
+    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries).to(s.device)
     grid, rest = divmod(s.image_size, vq.config.factor)
     if rest:
         raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {vq.config.factor}")
-    policy = build(
-        s.ckpt or world.FOLDER / "policy.pt", "LlamaGen's text-to-image policy", policy_from_entries, grid, s.head_size or None
-    ).to(device)
+    policy_file, sizes = s.ckpt or world.FOLDER / "policy.pt", (grid, s.head_size or None)
+    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes).to(s.device)
     if policy.config.codes != vq.config.codes:
-        raise BadInput(
-            f"the policy has {policy.config.codes} codes and the tokenizer {vq.config.codes}; --ckpt and --vq must belong together"
-        )
-    scenes = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), device)
+        raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
+    scenes = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), s.device)
     torch.manual_seed(s.seed)  # only a discriminator that starts from nothing needs it
-    discriminator = PatchDiscriminator().to(device) if s.ckpt else scenes.discriminator
+    discriminator = PatchDiscriminator().to(s.device) if s.ckpt else scenes.discriminator
     p = Players(policy, vq, discriminator, scenes.scorer, scenes.perceptual, s, autocast)
 
     # The base
@@ -319,12 +290,13 @@ def run(s):
             generator = torch.Generator().manual_seed(s.seed * 10**7 + step)
             _, captions, images = scenes.pairs(max(s.captions, s.real_images), generator, s.image_size)
             features, text_mask = scenes.text_features(captions[: s.captions], *text_shape)
-            noise = torch.rand(s.captions, s.rollouts, grid**2, generator=generator).to(device)
+            noise = torch.rand(s.captions, s.rollouts, grid**2, generator=generator).to(s.device)
             log, _ = one_round(p, s, step, captions[: s.captions], features, text_mask, images, noise)
             log = {"round": step + 1, **log, "seconds": time.perf_counter() - start}
             log_file.write(json.dumps(log) + "\n")
             log_file.flush()
-            bar.write(progress_line(step, s, log))
+            line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
+            bar.write(f"round {step + 1:4d}/{s.rounds}  {line}")
             bar.update()
             if (step + 1) % s.save_every == 0 or step + 1 == s.rounds:
                 save_players(out, p)
