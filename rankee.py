@@ -305,9 +305,7 @@ def decoder_stage(p, m, r, step, images):
     if m.lambda_r:
         for x in images.split(m.micro_batch):
             with p.autocast:
-                with torch.no_grad():
-                    codes = p.vq.encode(x)
-                decoded, last_layer = p.vq.decode(codes), p.vq.decoder.conv_out.weight
+                decoded, last_layer = p.vq.decode(p.vq.encode(x)), p.vq.decoder.conv_out.weight
                 anchor = reconstruction_anchor(x, decoded, p.perceptual, p.discriminator, gan_weight, last_layer)
             backward({"reconstruction": m.lambda_r * anchor}, len(x) / len(images), log)
 

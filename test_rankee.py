@@ -327,9 +327,9 @@ def players(base, settings, scorer=None):
     )
 
 
-def play(base, settings, rounds=1, scorer=None):
+def play(base, settings, rounds=1, scorer=None, p=None):
     """Players after some rounds, with the last round's log and rollouts."""
-    p, generator = players(base, settings, scorer), torch.Generator().manual_seed(3)
+    p, generator = p or players(base, settings, scorer), torch.Generator().manual_seed(3)
     for step in range(rounds):
         _, captions, images = base[2].pairs(4, generator, 32)
         features, mask = base[2].text_features(captions[:2], 8, 64)
@@ -423,14 +423,23 @@ def test_rank_gan_favours_preferred_samples(base):
     assert grads["none"] == 0 and grads["rank"] > 0 and abs(grads["rank"] - grads["uniform"]) > 1e-6
 
 
-def test_micro_batches_change_memory_not_results(base):
-    """Else an accumulated gradient misses a scale, and results depend on the GPU's size."""
-    settings = replaced(warmup=0, inner_epochs=2, lambda_r=0.0)  # the adaptive GAN weight is a micro-batch's own
-    (a, log_a, *_), (b, log_b, *_) = (play(base, train.dataclasses.replace(settings, micro_batch=size)) for size in (3, 8))
-    for name in ("policy", "vq"):
-        for x, y in zip(getattr(a, name).parameters(), getattr(b, name).parameters()):
-            torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+def test_micro_batches_change_memory_not_gradients(base):
+    """Else an accumulated gradient misses a scale, and results depend on the GPU's size. Plain gradient descent shows it; Adam
+    would hide a scale. The reconstruction term is left out: its adaptive GAN weight is a micro-batch's own."""
+    gradients = {}
+    for size in (3, 8):
+        settings = replaced(micro_batch=size, lambda_r=0.0, clip_grad=1e9)
+        p = players(base, settings)
+        p.policy_optimizer = torch.optim.SGD(p.policy.parameters(), lr=1.0)
+        p.decoder_optimizer = torch.optim.SGD(p.vq.moving_parameters(), lr=1.0)
+        log = play(base, settings, p=p)[1]
+        before = [*base[0].parameters(), *base[1].moving_parameters()]
+        after = [*p.policy.parameters(), *p.vq.moving_parameters()]
+        gradients[size] = log, [x.detach() - y.detach() for x, y in zip(before, after)]
+    (log_a, a), (log_b, b) = gradients.values()
     assert log_a == pytest.approx(log_b, rel=1e-3, abs=1e-5)
+    for x, y in zip(a, b):
+        assert (x - y).norm() <= 1e-3 * y.norm() + 1e-5
 
 
 def test_score_gap_is_zero_only_for_what_was_sampled(base):
@@ -453,7 +462,9 @@ def test_scenes_show_their_captions(base):
     scenes = base[2]
     attributes, captions, images = scenes.pairs(256, torch.Generator().manual_seed(4), 32)
     measured = scenes.measure(images, attributes, captions)
-    assert measured["accuracy"] > 0.95 and measured["frechet"] < 3
+    assert measured["accuracy"] > 0.95
+    other_colours = scenes.measure(images.flip(1), attributes, captions)
+    assert other_colours["accuracy"] < 0.9 and other_colours["frechet"] > 3 * measured["frechet"]
     right, wrong = (scenes.scorer(images, scenes.scorer.embed_text(c)).mean() for c in (captions, captions[::-1]))
     assert right > wrong + 30
     assert captions[0] == world.caption(attributes[0]) and len(captions[0].split()) == 8
@@ -509,7 +520,7 @@ def test_a_run_leaves_what_it_promises(small_run):
     assert [line["round"] for line in log] == [1, 2]
     for name in ("reward", "reward_spread", "kl", "clip_fraction", "policy_grad", "decoder_grad", "discriminator", "seconds"):
         assert name in log[0], name
-    assert printed.count("\nround ") + printed.startswith("round ") == 2 and "CLIP x100" in printed
+    assert printed.count("\nround ") + printed.startswith("round ") == 2 and "frechet" in printed
     for file in ("samples.png", "decoders.png"):
         assert train.Image.open(out / file).size[0] > 500
 

@@ -20,6 +20,7 @@ import pickle
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
@@ -130,7 +131,8 @@ def read_checkpoint(path):
     if not path.is_file():
         raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a PyTorch checkpoint")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # files saved in training hold their options
+        # Files saved in training hold their options. PyTorch warns of other pickles' protocol before it refuses them.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(
@@ -188,7 +190,7 @@ def save_grid(path, rows, captions, zoom):
     font = ImageFont.load_default(13)
     first = next(iter(rows.values()))
     cell, margin, gap = first.shape[-1] * zoom, 110, 4
-    sheet = Image.new("RGB", (margin + len(captions) * (cell + gap), len(rows) * (cell + gap) + 70), "white")
+    sheet = Image.new("RGB", (margin + len(captions) * (cell + gap), len(rows) * (cell + gap) + 90), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (label, images) in enumerate(rows.items()):
         pen.text((6, y * (cell + gap) + cell // 2 - 16), label, "black", font)
@@ -215,8 +217,7 @@ class Evaluation:
         c = policy.config
         self.features, self.text_mask = scenes.text_features(self.captions, c.prefix, c.caption_dim)
         self.noise = torch.rand(s.samples, 1, c.grid**2, generator=generator).to(scenes.device)
-        with torch.no_grad():
-            real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(128)])
+        real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(128)])
         self.real_histogram = token_histogram(real_codes, c.codes)
 
     @torch.no_grad()

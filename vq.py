@@ -189,6 +189,7 @@ class VQModel(nn.Module):
         """Images (B, 3, H, W) to latents (B, D, h, w) before quantization and normalization."""
         return self.quant_conv(self.encoder(images))
 
+    @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] to codes (B, N), row by row."""
         return self.quantize.nearest(self.latents(images))

@@ -16,7 +16,6 @@ Nothing of the method is here, and nothing that a real checkpoint needs.
 
 import functools
 import multiprocessing
-import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from scipy.cluster.vq import kmeans2
 from torch import nn
 
 from metrics import CLIPScore, feature_statistics, frechet_distance
@@ -75,17 +73,15 @@ def word_features(captions, width):
 
 def tokenize(captions):
     """Word indices (B, 10) for the reward model. <end> has the highest index, where CLIP's text tower reads its result."""
-    rows = [[VOCABULARY.index(word) for word in ("<start> " + text + " <end>").split()] for text in captions]
-    return torch.tensor([row + [0] * (10 - len(row)) for row in rows])
+    return torch.tensor([[VOCABULARY.index(word) for word in f"<start> {text} <end>".split()] for text in captions])
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
 
 RGB = {
-    "red": (0.90, 0.15, 0.15), "green": (0.15, 0.75, 0.25), "blue": (0.20, 0.35, 0.95),
-    "yellow": (0.95, 0.85, 0.15), "cyan": (0.15, 0.85, 0.90), "purple": (0.65, 0.20, 0.80),
-    "black": (0.08, 0.08, 0.08), "white": (0.92, 0.92, 0.92), "grey": (0.50, 0.50, 0.50),
-    "navy": (0.08, 0.10, 0.35), "olive": (0.40, 0.40, 0.12),
+    "red": (0.90, 0.15, 0.15), "green": (0.15, 0.75, 0.25), "blue": (0.20, 0.35, 0.95), "yellow": (0.95, 0.85, 0.15),
+    "cyan": (0.15, 0.85, 0.90), "purple": (0.65, 0.20, 0.80), "black": (0.08, 0.08, 0.08), "white": (0.92, 0.92, 0.92),
+    "grey": (0.50, 0.50, 0.50), "navy": (0.08, 0.10, 0.35), "olive": (0.40, 0.40, 0.12),
 }  # fmt: skip
 
 
@@ -153,9 +149,7 @@ class AttributeNet(nn.Module):
         self.heads = nn.Linear(64, int(COUNTS.sum()))
 
     def maps(self, images):
-        """Images of any size to the five feature maps at 32×32."""
-        if images.shape[-1] != RESOLUTION:
-            images = F.interpolate(images, RESOLUTION, mode="bilinear", antialias=True)
+        """Images (B, 3, H, W) to the five feature maps."""
         maps = []
         for layer in self.layers:
             images = layer(images)
@@ -163,7 +157,8 @@ class AttributeNet(nn.Module):
         return maps
 
     def features(self, images):
-        """(B, 64)."""
+        """Images of any size to (B, 64), as they look at 32×32."""
+        images = F.interpolate(images, RESOLUTION, mode="bilinear", antialias=True)
         return F.silu(self.neck(self.maps(images)[-1].flatten(1)))
 
     def logits(self, features):
@@ -184,8 +179,7 @@ def small_clip():
     for layer in stem[::2]:
         nn.init.kaiming_normal_(layer.weight)  # PyTorch's default is so small that the positions drown the picture
     model.visual.conv1 = nn.Sequential(*stem)
-    frequencies = 2 ** torch.linspace(-2.5, 0.5, 16)
-    turns = torch.arange(8)[:, None] * frequencies
+    turns = torch.arange(8)[:, None] * 2 ** torch.linspace(-2.5, 0.5, 16)
     waves = torch.cat([turns.sin(), turns.cos()], 1)  # (8, 32)
     with torch.no_grad():
         rows, columns = waves[:, None].expand(8, 8, 32), waves[None].expand(8, 8, 32)
@@ -239,9 +233,8 @@ class Scenes:
 
 def perceptual_distance(net):
     """LPIPS on a classifier's feature maps, all channels alike."""
-    net.requires_grad_(False)
-    widths = [layer[0].out_channels for layer in net.layers]
-    return LPIPS(net.maps, [torch.ones(width) for width in widths]).requires_grad_(False)
+    weights = [torch.ones(layer[0].out_channels) for layer in net.requires_grad_(False).layers]
+    return LPIPS(net.maps, weights).requires_grad_(False)
 
 
 # ---- pre-training ------------------------------------------------------------------------------------------------------
@@ -251,7 +244,6 @@ def minimize(name, parameters, steps, lr, loss_at, log_every=100):
     """AdamW with warm-up and a half cosine to 0 on `loss_at(step)`; prints a line every `log_every` steps."""
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
-    start = time.perf_counter()
     for step in range(steps):
         loss = loss_at(step)
         optimizer.zero_grad()
@@ -260,7 +252,7 @@ def minimize(name, parameters, steps, lr, loss_at, log_every=100):
         optimizer.step()
         schedule.step()
         if (step + 1) % log_every == 0:
-            print(f"{name:>14} {step + 1:5d}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{name:>14} {step + 1:5d}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
 def train_attribute_net(name, steps, seed):
@@ -298,11 +290,15 @@ def train_reward(steps, seed):
 
 
 @torch.no_grad()
-def seed_codebook(vq, seed, generator):
-    """k-means on the latents of real scenes: the codebook starts where the encoder already is."""
-    latents = F.normalize(vq.latents(draw(random_attributes(256, generator), generator)), dim=1)
-    centres, _ = kmeans2(latents.movedim(1, -1).flatten(0, 2).numpy(), vq.config.codes, minit="points", seed=seed)
-    vq.quantize.embedding.weight.copy_(torch.from_numpy(centres))
+def seed_codebook(vq, generator):
+    """Spherical k-means on the latents of real scenes: the codebook starts where the encoder already is."""
+    points = F.normalize(vq.latents(draw(random_attributes(256, generator), generator)), dim=1).movedim(1, -1).flatten(0, 2)
+    centres = points[torch.randperm(len(points), generator=generator)[: vq.config.codes]]
+    for _ in range(10):
+        nearest = (points @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add(0, nearest, points)
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
+    vq.quantize.embedding.weight.copy_(centres)
 
 
 def train_vq(perceptual, steps, seed, free=200):
@@ -312,7 +308,7 @@ def train_vq(perceptual, steps, seed, free=200):
 
     def loss_at(step):
         if step == free:
-            seed_codebook(vq, seed, generator)
+            seed_codebook(vq, generator)
         images = draw(random_attributes(32, generator), generator)
         latents, loss = F.normalize(vq.latents(images), dim=1), 0.0  # (32, D, 8, 8)
         if step >= free:
@@ -333,9 +329,7 @@ def sharpen_decoder(vq, perceptual, steps, seed):
 
     def loss_at(step):
         images = draw(random_attributes(32, generator), generator)
-        with torch.no_grad():
-            codes = vq.encode(images)
-        decoded = vq.decode(codes)
+        decoded = vq.decode(vq.encode(images))
         judge.zero_grad()
         discriminator_loss(discriminator(images), discriminator(decoded.detach())).backward()
         judge.step()
@@ -353,8 +347,7 @@ def train_policy(vq, steps, seed):
     config = PolicyConfig(head_size=HEAD_SIZE, codes=vq.config.codes)
     policy = Policy(config).initialize(generator)
     attributes = random_attributes(16384, generator)
-    with torch.no_grad():
-        codes = torch.cat([vq.encode(draw(rows, generator)) for rows in attributes.split(256)])
+    codes = torch.cat([vq.encode(draw(rows, generator)) for rows in attributes.split(256)])
 
     def loss_at(step):
         rows = torch.randint(len(codes), (32,), generator=generator)
@@ -386,5 +379,4 @@ def pretrain(folder, seed):
     folder.mkdir(parents=True, exist_ok=True)
     for file, modules in {"policy.pt": {"model": policy}, "vq.pt": {"model": vq}, "judges.pt": judges}.items():
         entries = {name: module.half().state_dict() for name, module in modules.items()}
-        entries.get("model", {}).pop("quantize.codebook_used", None)
         torch.save(entries, folder / file)
