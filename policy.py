@@ -235,7 +235,8 @@ def draw_code(log_probs, noise):
     One number a token, where the Gumbel trick needs V: noise is small enough to be an argument, so that two policies can
     be compared on the same draw and a row's randomness does not depend on its neighbours.
     """
-    cumulative = log_probs.exp().cumsum(-1)
+    # In float64: a GPU's parallel sum wobbles, and in float32 a code of probability 0 is drawn a few times in a million.
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     code = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
     return code.squeeze(1).clamp_max(log_probs.shape[-1] - 1)  # rounding may leave the last sum a hair below the noise
 

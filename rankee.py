@@ -40,7 +40,7 @@ class Method:
     guidance: Annotated[float, "scale s of classifier-free guidance in rollouts; 1 is none"] = 6.0
     temperature: Annotated[float, "sampling temperature in rollouts"] = 1.0
     top_k: Annotated[int, "codes a rollout chooses from; 0 is all"] = 1000
-    micro_batch: Annotated[int, "rollouts in a network at once; changes memory and the adaptive GAN weight"] = 4
+    micro_batch: Annotated[int, "rollouts in one pass with gradients; changes memory and the adaptive GAN weight"] = 4
     clip_grad: Annotated[float, "largest gradient norm, for each of the three networks"] = 1.0
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
@@ -120,6 +120,7 @@ def rank_weights(rewards, tau, keep, by="reward"):
         rewards = group_advantages(rewards)
     best = rewards.topk(keep, dim=1)
     weights = keep * (best.values / tau).softmax(1)  # (B, K), mean 1
+    weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # a kept sample stays kept where exp underflows
     return torch.zeros_like(rewards).scatter(1, best.indices, weights)
 
 
@@ -148,7 +149,7 @@ def reconstruction_anchor(images, decoded, perceptual, discriminator, gan_weight
     """Ω_φ, first half: L1 + LPIPS + adaptive GAN between real `images` and `decoded` = D(E(x)), both (B, 3, H, W); a scalar."""
     loss = (images - decoded).abs().mean() + perceptual(images, decoded).mean()
     if gan_weight:
-        adversarial = -discriminator(decoded).mean()
+        adversarial = -discriminator(decoded).float().mean()
         loss = loss + gan_weight * adaptive_weight(loss, adversarial, last_layer) * adversarial
     return loss
 
@@ -323,7 +324,7 @@ def backward(terms, share, log):
 
 
 def one_round(p, m, step, captions, features, text_mask, images, noise):
-    """One round of RankE on B captions with their text features, real images (B' ≥ 0) and the rollouts' noise (B, G, N).
+    """One round of RankE on B captions with their text features, real images (B' ≥ 1, unused where `arm` is policy) and the rollouts' noise (B, G, N).
 
     Returns what to log and the rollouts.
     """

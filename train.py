@@ -6,7 +6,7 @@
     python train.py --pretrain                         make the embedded world's base again
 
 Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` below holds the
-embedded world's. A run writes to --out: log.jsonl (a line a round), results.json, pictures, and policy.pt, vq.pt and their EMAs
+embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), results.json, pictures, and policy.pt, vq.pt and their EMAs
 in LlamaGen's layout. All randomness of round n is drawn from (seed, n).
 """
 
@@ -37,8 +37,6 @@ from vq import PatchDiscriminator, vq_from_entries
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
-DEVICE, PRECISION = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "float32")
-
 
 @dataclass(frozen=True)
 class Settings(Method):
@@ -50,8 +48,8 @@ class Settings(Method):
     vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: the embedded world's"] = ""
     image_size: Annotated[int, "pixels a side; with the tokenizer's factor it gives the token grid"] = 256
     head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
-    device: Annotated[Literal["cpu", "cuda"], "where it runs"] = DEVICE
-    precision: Annotated[Literal["float32", "bf16"], "of the networks' passes; weights stay float32"] = PRECISION
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: the GPU where there is one"] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bf16"], "of passes, weights are float32; auto: bf16 on a GPU"] = "auto"
     samples: Annotated[int, "pictures in an evaluation"] = 2048
     save_every: Annotated[int, "rounds between checkpoints; the last round is always saved"] = 500
     pretrain: Annotated[bool, "make the embedded world's base in scenes/ and stop"] = False
@@ -61,9 +59,9 @@ class Settings(Method):
 SCENES = dict(
     out="runs/scenes", image_size=world.RESOLUTION, head_size=world.HEAD_SIZE,
     rounds=80, captions=8, guidance=2.0, top_k=0, micro_batch=64,
-    lr_policy=3e-4, warmup=10, reference="initial", ema_policy=0.9, ema_policy_every=1,
-    lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.9,
-    weight_by="zscore", gan_start=0, lambda_d=0.05, lambda_g=0.5, real_images=32,
+    lr_policy=2e-4, warmup=10, reference="initial", score_guided=True, ema_policy=0.9, ema_policy_every=1,
+    lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.95,
+    weight_by="zscore", gan_start=0, lambda_d=0.6, lambda_g=0.5, lambda_c=2.0, real_images=32,
 )  # fmt: skip
 
 
@@ -106,14 +104,15 @@ def parse_settings(arguments):
 def check_settings(s):
     """Raises BadInput for a value or a combination that cannot be meant."""
     least = {"guidance": 1, "rollouts": 2, "temperature": 1e-6, "tau_start": 1e-6, "tau_end": 1e-6, "samples": 2}
-    counts = ("rounds", "captions", "micro_batch", "inner_epochs", "ema_policy_every", "image_size", "save_every")
-    least |= dict.fromkeys(counts, 1)
+    least |= {"image_size": 24}  # below, PatchGAN has no patch
+    least |= dict.fromkeys(["rounds", "captions", "micro_batch", "inner_epochs", "ema_policy_every", "save_every"], 1)
+    most = {"epsilon": 1, "tau_fraction": 1, "ema_policy": 1, "ema_decoder": 1, "beta1_decoder": 0.9999, "beta2_decoder": 0.9999}
+    most |= {"seed": 10**11}  # the rounds' seeds are made from it and must fit 64 bits
     for name, value in dataclasses.asdict(s).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {value} is not possible; it must be at least {least.get(name, 0)}")
-    for name in ("epsilon", "tau_fraction", "ema_policy", "ema_decoder", "beta1_decoder", "beta2_decoder"):
-        if getattr(s, name) > 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)} is not possible; it must be at most 1")
+        low, high = least.get(name, 0), most.get(name, sys.float_info.max)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            bounds = f"from {low} to {high}" if name in most else f"at least {low}"
+            raise BadInput(f"--{name.replace('_', '-')} {value} is not possible; it must be {bounds}")
     if s.keep > s.rollouts:
         raise BadInput(f"--keep {s.keep} keeps more than the {s.rollouts} rollouts of a caption; give at most --rollouts")
     if s.device == "cuda" and not torch.cuda.is_available():
@@ -131,15 +130,13 @@ def read_checkpoint(path):
     if not path.is_file():
         raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a PyTorch checkpoint")
     try:
-        # Files saved in training hold their options. PyTorch warns of other pickles' protocol before it refuses them.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise BadInput(
-            f"{path}: not a checkpoint of plain weights ({first_line(error)}); get it again, or save its state dict alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise BadInput(f"{path}: truncated or damaged ({first_line(error)}); get it again") from error
+        raise BadInput(f"{path}: not a checkpoint of plain weights ({first_line(error)}); get it again") from error
+    except Exception as error:  # a damaged file fails in many ways, none of them a reason to go on
+        raise BadInput(f"{path}: truncated, damaged or unreadable ({first_line(error)}); get it again") from error
 
 
 def read_entries(path):
@@ -149,7 +146,8 @@ def read_entries(path):
         if isinstance(entries, dict) and isinstance(entries.get(key), dict):
             entries = entries[key]
             break
-    if not isinstance(entries, dict) or not entries or not all(isinstance(value, torch.Tensor) for value in entries.values()):
+    tensors = isinstance(entries, dict) and all(isinstance(value, torch.Tensor) for value in entries.values())
+    if not tensors or not entries or not all(isinstance(name, str) for name in entries):
         raise BadInput(f"{path}: holds no state dict; expected tensors by name, bare or under model, module or state_dict")
     for prefix in ("module.", "_orig_mod."):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
@@ -217,14 +215,14 @@ class Evaluation:
         c = policy.config
         self.features, self.text_mask = scenes.text_features(self.captions, c.prefix, c.caption_dim)
         self.noise = torch.rand(s.samples, 1, c.grid**2, generator=generator).to(scenes.device)
-        real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(128)])
+        real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(s.micro_batch)])
         self.real_histogram = token_histogram(real_codes, c.codes)
 
     @torch.no_grad()
     def __call__(self, policy, vq, arm, step):
         """A row of results.json, the pictures (n, 3, H, W) it was measured on and their codes (n, N)."""
         s, codes, images = self.s, [], []
-        for rows in torch.arange(s.samples).split(128):
+        for rows in torch.arange(s.samples).split(s.micro_batch):
             given = self.features[rows], self.text_mask[rows], self.noise[rows]
             with self.autocast:
                 codes.append(sample(policy, *given, s.guidance, s.temperature, s.top_k)[0][:, 0])
@@ -261,24 +259,32 @@ def run(s):
     out = Path(s.out)
     if (out / "log.jsonl").exists():
         raise BadInput(f"{out} holds a run already; name another folder with --out, or remove it")
-    autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.precision == "bf16")
+    device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
     # Load
-    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries).to(s.device)
+    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries).to(device)
     grid, rest = divmod(s.image_size, vq.config.factor)
     if rest:
         raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {vq.config.factor}")
     policy_file, sizes = s.ckpt or world.FOLDER / "policy.pt", (grid, s.head_size or None)
-    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes).to(s.device)
+    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes).to(device)
     if policy.config.codes != vq.config.codes:
         raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
-    scenes = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), s.device)
+    if policy.config.prefix < world.WORDS:
+        raise BadInput(f"{policy_file}: takes captions of {policy.config.prefix} words; a scene's has {world.WORDS}")
+    scenes = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), device)
     torch.manual_seed(s.seed)  # only a discriminator that starts from nothing needs it
-    discriminator = PatchDiscriminator().to(s.device) if s.ckpt else scenes.discriminator
+    discriminator = PatchDiscriminator().to(device) if s.ckpt else scenes.discriminator
     p = Players(policy, vq, discriminator, scenes.scorer, scenes.perceptual, s, autocast)
 
     # The base
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made a folder ({error.strerror}); name another") from error
+    write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1)))
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
     evaluation = Evaluation(scenes, policy, vq, s, autocast)
     base, base_images, _ = evaluation(policy, vq, "base", 0)
@@ -291,7 +297,8 @@ def run(s):
             generator = torch.Generator().manual_seed(s.seed * 10**7 + step)
             _, captions, images = scenes.pairs(max(s.captions, s.real_images), generator, s.image_size)
             features, text_mask = scenes.text_features(captions[: s.captions], *text_shape)
-            noise = torch.rand(s.captions, s.rollouts, grid**2, generator=generator).to(s.device)
+            noise = torch.rand(s.captions, s.rollouts, grid**2, generator=generator).to(device)
+            images = images[: s.real_images or s.captions]
             log, _ = one_round(p, s, step, captions[: s.captions], features, text_mask, images, noise)
             log = {"round": step + 1, **log, "seconds": time.perf_counter() - start}
             log_file.write(json.dumps(log) + "\n")

@@ -170,7 +170,8 @@ class Codebook(nn.Module):
 
     def nearest(self, latents):
         """Codes (B, N) of latents (B, D, h, w)."""
-        return torch.einsum("bdhw,vd->bhwv", latents.float(), self.vectors()).argmax(-1).flatten(1)
+        with torch.autocast(latents.device.type, enabled=False):  # it would take the products back to bf16
+            return torch.einsum("bdhw,vd->bhwv", latents.float(), self.vectors()).argmax(-1).flatten(1)
 
 
 class VQModel(nn.Module):

@@ -45,6 +45,7 @@ ATTRIBUTES = {
     "horizontal": ["left", "center", "right"],
     "background": ["black", "white", "grey", "navy", "olive"],
 }
+WORDS = 8  # of a caption
 COUNTS = torch.tensor([len(words) for words in ATTRIBUTES.values()])
 VOCABULARY = ["<start>", *sorted({"on", *(word for words in ATTRIBUTES.values() for word in words)}), "<end>"]
 
