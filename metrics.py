@@ -8,62 +8,28 @@ Two ways to prepare a picture for Inception are in use, and they give different 
 Pixels are in [-1, 1] for CLIP, which is differentiated, and uint8 for Inception, which is not: FID is defined on saved pictures.
 """
 
+import re
+
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from torch import nn
 
 # ---- Inception-v3, FID variant -----------------------------------------------------------------------------------------
 # The 2015 TensorFlow graph that FID is defined on differs from the well-known PyTorch one in its pools: averages leave
-# out the padding, and the last block pools by maximum. A branch is a list of (width, kernel), by name; a list within the list
-# is a fork whose arms are concatenated. The pool's arm comes last.
+# out the padding, and the last block pools by maximum. Widths and kernels are read from the file's shapes; its names say
+# what follows what: branch3x3dbl_2 comes after branch3x3dbl_1, and branch3x3_2a and branch3x3_2b fork.
 
-
-def _a(pool_width):
-    return {
-        "branch1x1": [(64, 1)],
-        "branch5x5": [(48, 1), (64, 5)],
-        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
-        "branch_pool": [(pool_width, 1)],
-    }
-
-
-def _c(w):
-    return {
-        "branch1x1": [(192, 1)],
-        "branch7x7": [(w, 1), (w, (1, 7)), (192, (7, 1))],
-        "branch7x7dbl": [(w, 1), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7))],
-        "branch_pool": [(192, 1)],
-    }
-
-
-_B = {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
-_D = {"branch3x3": [(192, 1), (320, 3)], "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
-_E = {
-    "branch1x1": [(320, 1)],
-    "branch3x3": [(384, 1), [(384, (1, 3)), (384, (3, 1))]],
-    "branch3x3dbl": [(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]],
-    "branch_pool": [(192, 1)],
-}
-_BLOCKS = {  # name: (channels in, branches, pool, stride of each branch's last convolution)
-    "Mixed_5b": (192, _a(32), "average", 1),
-    "Mixed_5c": (256, _a(64), "average", 1),
-    "Mixed_5d": (288, _a(64), "average", 1),
-    "Mixed_6a": (288, _B, "max", 2),
-    "Mixed_6b": (768, _c(128), "average", 1),
-    "Mixed_6c": (768, _c(160), "average", 1),
-    "Mixed_6d": (768, _c(160), "average", 1),
-    "Mixed_6e": (768, _c(192), "average", 1),
-    "Mixed_7a": (768, _D, "max", 2),
-    "Mixed_7b": (1280, _E, "average", 1),
-    "Mixed_7c": (2048, _E, "max", 1),
-}
+BRANCHES = ["1x1", "5x5", "3x3", "7x7", "3x3dbl", "7x7dbl", "7x7x3", "_pool"]  # as they are concatenated
 
 
 class ConvNorm(nn.Module):
-    def __init__(self, inside, outside, kernel, stride=1, padding=0):
+    def __init__(self, shape, stride=1, padding=(0, 0)):
         super().__init__()
+        outside, inside, *kernel = shape
         self.conv = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outside, eps=1e-3)
 
@@ -72,64 +38,71 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel branches, concatenated. Layer k of a branch is the entry `NAME_k`; a fork's arms are `NAME_ka` and `NAME_kb`."""
+    """Parallel branches of convolutions, concatenated; `shapes`: name of a convolution → shape of its weight."""
 
-    def __init__(self, inside, branches, pool, stride):
+    def __init__(self, name, shapes):
         super().__init__()
-        self.pool, self.stride, self.plan = pool, stride, {}
-        for name, branch in branches.items():
-            before, self.plan[name] = inside, []
-            for k, layer in enumerate(branch, 1):
-                arms = layer if isinstance(layer, list) else [layer]
-                last = k == len(branch) and stride == 2
-                numbered = f"{name}_{k}" if len(branch) > 1 else name
-                names = [numbered + "ab"[i] for i in range(2)] if len(arms) == 2 else [numbered]
-                for arm, (width, kernel) in zip(names, arms):
-                    same = 0 if last else tuple(n // 2 for n in kernel) if isinstance(kernel, tuple) else kernel // 2
-                    self.add_module(arm, ConvNorm(before, width, kernel, 2 if last else 1, same))
-                before = width
-                self.plan[name].append(names)
+        self.halves = not any("pool" in name for name in shapes)  # the two blocks that have no convolution after their pool
+        self.average = not self.halves and name != "Mixed_7c"
+        self.plan = {}  # branch → place → names of the convolutions there, two where it forks
+        for conv in sorted(shapes):
+            branch, place = re.fullmatch(r"branch(.+?)(?:_(\d)[ab]?)?", conv).groups()
+            self.plan.setdefault(branch, {}).setdefault(place, []).append(conv)
+        for places in self.plan.values():
+            for place, convs in places.items():
+                last = self.halves and place == max(places)
+                for conv in convs:
+                    padding = (0, 0) if last else [size // 2 for size in shapes[conv][2:]]
+                    self.add_module(conv, ConvNorm(shapes[conv], 2 if last else 1, padding))
 
     def forward(self, x):
-        if self.pool == "average":
+        if self.average:
             pooled = F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
         else:
-            pooled = F.max_pool2d(x, 3, self.stride, padding=1 if self.stride == 1 else 0)
+            pooled = F.max_pool2d(x, 3, 2) if self.halves else F.max_pool2d(x, 3, 1, padding=1)
         outputs = []
-        for name, layers in self.plan.items():
-            y = pooled if name == "branch_pool" else x
-            for arms in layers:
-                y = torch.cat([getattr(self, arm)(y) for arm in arms], 1)
+        for branch in sorted(self.plan, key=BRANCHES.index):
+            y = pooled if branch == "_pool" else x
+            for convs in self.plan[branch].values():
+                y = torch.cat([getattr(self, conv)(y) for conv in convs], 1)
             outputs.append(y)
-        return torch.cat(outputs if "branch_pool" in self.plan else [*outputs, pooled], 1)
+        return torch.cat([*outputs, pooled] if self.halves else outputs, 1)
 
 
 class Inception(nn.Module):
     """Prepared pictures (B, 3, 299, 299), about [-1, 1], to pooled features (B, 2048). Entry names are the public file's."""
 
-    def __init__(self):
+    def __init__(self, shapes):
+        """`shapes`: name of a convolution → shape of its weight. Raises KeyError for one that is missing."""
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        for name, block in _BLOCKS.items():
-            self.add_module(name, Mixed(*block))
+        self.Conv2d_1a_3x3 = ConvNorm(shapes["Conv2d_1a_3x3"], stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(shapes["Conv2d_2a_3x3"])
+        self.Conv2d_2b_3x3 = ConvNorm(shapes["Conv2d_2b_3x3"], padding=1)
+        self.Conv2d_3b_1x1 = ConvNorm(shapes["Conv2d_3b_1x1"])
+        self.Conv2d_4a_3x3 = ConvNorm(shapes["Conv2d_4a_3x3"])
+        self.blocks = sorted({name.split(".")[0] for name in shapes if name.startswith("Mixed")})
+        for block in self.blocks:
+            own = {name.split(".")[1]: shape for name, shape in shapes.items() if name.startswith(block)}
+            self.add_module(block, Mixed(block, own))
 
     def forward(self, x):
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
         x = F.max_pool2d(x, 3, 2)
-        for name in _BLOCKS:
-            x = getattr(self, name)(x)
+        for block in self.blocks:
+            x = getattr(self, block)(x)
         return x.mean((2, 3))
 
 
 def inception_from_entries(entries):
-    """The network of `pt_inception-2015-12-05-6726825d.pth`, without its classifier. Raises RuntimeError where an entry does not fit."""
-    network = Inception()
-    network.load_state_dict({name: value for name, value in entries.items() if not name.startswith("fc.")}, strict=True)
+    """The network of `pt_inception-2015-12-05-6726825d.pth`, without its classifier.
+
+    Raises KeyError or RuntimeError (PyTorch's, naming each) for entries that are missing or not its own.
+    """
+    entries = {name: value for name, value in entries.items() if not name.startswith("fc.")}
+    suffix = ".conv.weight"
+    network = Inception({name.removesuffix(suffix): value.shape for name, value in entries.items() if name.endswith(suffix)})
+    network.load_state_dict(entries, strict=True)
     return network.eval().requires_grad_(False)
 
 
@@ -205,6 +178,28 @@ class CLIPScore(nn.Module):
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         features = self.model.encode_image((x - self.mean) / self.std, normalize=True)
         return 100 * (features.float() * text).sum(-1)
+
+
+def clip_from_entries(entries, quick_gelu, head_width):
+    """A `CLIPScore` from open_clip's entries of a ViT; sizes from the shapes.
+
+    OpenAI's models, the default reward among them, have `quick_gelu` and vision heads 64 wide; HPSv2 is a ViT-H-14, without and 80
+    wide. Half-precision files become float32. Raises KeyError for a missing entry and RuntimeError (PyTorch's, naming
+    each) for missing, surplus or misshapen ones.
+    """
+    layers = lambda tower: len({name[len(tower) :].split(".")[0] for name in entries if name.startswith(tower)})
+    depth, text_depth = layers("visual.transformer.resblocks."), layers("transformer.resblocks.")
+    vision_width, _, patch, _ = entries["visual.conv1.weight"].shape
+    size = patch * round((len(entries["visual.positional_embedding"]) - 1) ** 0.5)  # one position is the class token's
+    words, width = entries["positional_embedding"].shape
+    vision = CLIPVisionCfg(layers=depth, width=vision_width, head_width=head_width, patch_size=patch, image_size=size)
+    text = CLIPTextCfg(words, len(entries["token_embedding.weight"]), width=width, heads=width // 64, layers=text_depth)
+    with torch.device("meta"):
+        model = CLIP(entries["text_projection"].shape[1], vision, text, quick_gelu)
+    model.load_state_dict(entries, strict=True, assign=True)
+    model.attn_mask = torch.full((words, words), -torch.inf).triu(1)  # in no file: a text position sees what is before it
+    tokenize = open_clip.get_tokenizer("ViT-L-14", context_length=words)  # CLIP's byte pairs, the same for all of them
+    return CLIPScore(model.float(), tokenize, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------------------

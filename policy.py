@@ -17,11 +17,15 @@ Two things differ from a Llama and are easy to get wrong:
 Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N image tokens, V codes, C features of the text encoder.
 """
 
+import html
+import re
 from dataclasses import dataclass
+from urllib.parse import unquote_plus
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class PolicyConfig:
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
+
+
+def run(function, *inputs, recompute):
+    """function(*inputs); with `recompute` the backward pass computes it again instead of remembering what happened inside.
+
+    An argument decides it, and not train() or eval(), which would have to be right at every call.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
 
 
 class RMSNorm(nn.Module):
@@ -164,14 +176,15 @@ class Policy(nn.Module):
         nn.init.zeros_(self.output.weight)
         return self
 
-    def forward(self, x, mask, cache=None, start=0):
+    def forward(self, x, mask, cache=None, start=0, recompute=False):
         """Embeddings (R, L, dim) of positions start … start + L to last hidden states of the same shape.
 
-        `mask` (R, 1, L, keys) is true where a position may look. `cache`, from `new_cache`, is read and written.
+        `mask` (R, 1, L, keys) is true where a position may look. `cache`, from `new_cache`, is read and written. With `recompute`
+        only the layers' inputs are kept for the backward pass (gradient checkpointing).
         """
         table = self.rotary[start : start + x.shape[1]]
         for i, layer in enumerate(self.layers):
-            x = layer(x, table, mask, None if cache is None else cache[i], start)
+            x = run(layer, x, table, mask, None if cache is None else cache[i], start, recompute=recompute)
         return self.norm(x)
 
     def new_cache(self, rows, positions):
@@ -183,6 +196,54 @@ class Policy(nn.Module):
 
 
 # ---- text and masks ----------------------------------------------------------------------------------------------------
+
+# LlamaGen's captions were cleaned before flan-t5 read them, by rules made for captions off the web. These are the ones that change
+# an ordinary caption, in their order; those for addresses, file names, product codes and markup are left out.
+CLEANING = [
+    ('["`´«»“”¨]', '"'),
+    ("[‘’]", "'"),
+    ("[\"']{2,}", '"'),
+    (r"[.]{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,.])\b", r"\1 "),  # "red,green" and "street.a dog" miss a space
+    (r"\s+", " "),
+    ("^[\"'](.+)[\"']$", r"\1"),
+    ("^['_,:;-]|['_,:+-]$", ""),
+]
+
+
+def clean_caption(text):
+    """A caption as LlamaGen's text encoder was given it: lower case, plain quotes and dashes, one space."""
+    for _ in range(2):  # theirs runs twice; what the first pass uncovers at the ends, the second takes off
+        text = html.unescape(unquote_plus(text)).strip().lower()
+        text = re.sub("[-\u2010-\u2015]+", "-", text)
+        if len(re.findall("[-_]", text)) > 3:  # this-is-a-cat-with-a-hat
+            text = re.sub("[-_]", " ", text)
+        for pattern, replacement in CLEANING:
+            text = re.sub(pattern, replacement, text)
+        text = text.strip()
+    return text
+
+
+@torch.no_grad()
+def t5_features(folder, captions, prefix, device, autocast, batch=32):
+    """Yields for each caption its features (n, C), float32, on the CPU, from the T5 encoder in `folder`; n ≤ `prefix` tokens.
+
+    Needs the package transformers; the encoder is gone from memory when the generator ends.
+    """
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    for start in range(0, len(captions), batch):
+        texts = [clean_caption(text) for text in captions[start : start + batch]]
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=prefix, return_tensors="pt").to(device)
+        with autocast:
+            features = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        for rows, length in zip(features, tokens.attention_mask.sum(1)):
+            yield rows[:length].float().cpu()
 
 
 def left_pad(features, prefix):
@@ -259,7 +320,7 @@ def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, to
     prefix = policy.new_cache(len(text_mask), T)
     hidden = policy(policy.cls_embedding(features, guided), mask[:, :, :T, :T], prefix)
     cache = policy.new_cache(len(text_mask) * G, T + N - 1)
-    cache[:, :, :, :, :T] = prefix.repeat_interleave(G, 2)
+    cache[:, :, :, :, :T].unflatten(2, (-1, G)).copy_(prefix.unsqueeze(3))
     hidden, mask = hidden[:, -1:].repeat_interleave(G, 0), mask.repeat_interleave(G, 0)  # (R or 2R, 1, dim)
 
     codes = torch.empty(B * G, N, dtype=torch.long, device=noise.device)
@@ -275,19 +336,25 @@ def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, to
     return codes.view(B, G, N), chosen.view(B, G, N)
 
 
-def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperature=1.0):
+def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperature=1.0, recompute=False, chunk=64):
     """Log-probabilities (R, N) of given codes (R, N) in one teacher-forced pass; features (R, T, C), text_mask (R, T).
 
     The default scores the unguided policy, as the paper does although it samples with guidance; with the sampler's guidance and
     temperature it scores what was sampled, but for top-k: a code outside the reference's top k would have an infinite KL.
+    Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a row at N = 1024, and softmax takes several.
     """
     T, guided = features.shape[1], guidance != 1
     x, inputs = policy.cls_embedding(features, guided), policy.tok_embeddings(codes[:, :-1])
     if guided:
         inputs, text_mask = inputs.repeat(2, 1, 1), text_mask.repeat(2, 1)
-    hidden = policy(torch.cat([x, inputs], 1), attention_mask(text_mask, codes.shape[1] - 1))
-    logits = policy.output(hidden[:, T - 1 :])  # (R or 2R, N, V); the last prefix position predicts the first code
-    return log_distribution(logits, guidance, temperature).gather(2, codes[..., None])[..., 0]
+    hidden = policy(torch.cat([x, inputs], 1), attention_mask(text_mask, codes.shape[1] - 1), recompute=recompute)
+    hidden = hidden[:, T - 1 :]  # (R or 2R, N, dim); the last prefix position predicts the first code
+
+    def score(hidden, codes):
+        return log_distribution(policy.output(hidden), guidance, temperature).gather(2, codes[..., None])[..., 0]
+
+    pieces = zip(hidden.split(chunk, 1), codes.split(chunk, 1))
+    return torch.cat([run(score, *piece, recompute=recompute) for piece in pieces], 1)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -301,16 +368,10 @@ def policy_from_entries(entries, grid, head_size=None):
     entries = {name: value for name, value in entries.items() if name != "freqs_cis"}  # older files keep the rotary table
     codes, dim = entries["tok_embeddings.weight"].shape
     prefix, caption_dim = entries["cls_embedding.uncond_embedding"].shape
-    config = PolicyConfig(
-        dim=dim,
-        layers=1 + max((int(name.split(".")[1]) for name in entries if name.startswith("layers.")), default=-1),
-        head_size=head_size or {3200: 100, 4096: 128}.get(dim, 64),  # LlamaGen's 3B and 7B; all others 64
-        hidden=entries["layers.0.feed_forward.w1.weight"].shape[0],
-        codes=codes,
-        prefix=prefix,
-        caption_dim=caption_dim,
-        grid=grid,
-    )
+    layers = 1 + max((int(name.split(".")[1]) for name in entries if name.startswith("layers.")), default=-1)
+    hidden = entries["layers.0.feed_forward.w1.weight"].shape[0]
+    head_size = head_size or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
+    config = PolicyConfig(dim, layers, head_size, hidden, codes, prefix, caption_dim, grid)
     if dim % config.head_size or config.head_size % 4:
         raise ValueError(f"width {dim} does not divide into heads of {config.head_size}; name the head size with --head-size")
     with torch.device("meta"):

@@ -31,36 +31,39 @@ from policy import sample, token_log_probs
 
 @dataclass(frozen=True)
 class Method:
-    """The method's settings. Defaults: the authors' scripts for LlamaGen-XL, but for `keep`."""
+    """The method's settings: type, meaning, least and largest value where they are not 0 and none. Defaults: the authors'
+    scripts for LlamaGen-XL, but for `keep`."""
 
     arm: Annotated[Literal["both", "policy", "decoder"], "RankE, standard RL (decoder frozen), or stage 2 alone"] = "both"
-    rounds: Annotated[int, "rounds of rollout, stage 1, stage 2, EMA"] = 6000
-    captions: Annotated[int, "B, captions a round"] = 4
-    rollouts: Annotated[int, "G, samples a caption"] = 8
-    guidance: Annotated[float, "scale s of classifier-free guidance in rollouts; 1 is none"] = 6.0
-    temperature: Annotated[float, "sampling temperature in rollouts"] = 1.0
+    rounds: Annotated[int, "rounds of rollout, stage 1, stage 2, EMA", 1] = 6000
+    captions: Annotated[int, "B, captions a round", 1] = 4
+    rollouts: Annotated[int, "G, samples a caption", 2] = 8
+    guidance: Annotated[float, "scale s of classifier-free guidance in rollouts; 1 is none", 1] = 6.0
+    temperature: Annotated[float, "sampling temperature in rollouts", 1e-6] = 1.0
     top_k: Annotated[int, "codes a rollout chooses from; 0 is all"] = 1000
-    micro_batch: Annotated[int, "rollouts in one pass with gradients; changes memory and the adaptive GAN weight"] = 4
+    sample_batch: Annotated[int, "rollouts sampled at once, whole captions; changes memory, not the samples", 1] = 32
+    micro_batch: Annotated[int, "rollouts in one pass with gradients; changes memory and the adaptive GAN weight", 1] = 4
+    recompute: Annotated[bool, "keep only the policy's layer inputs for the backward pass (gradient checkpointing)"] = True
     clip_grad: Annotated[float, "largest gradient norm, for each of the three networks"] = 1.0
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
     lr_policy: Annotated[float, "learning rate of π_θ"] = 1e-5
     warmup: Annotated[int, "rounds over which the policy's learning rate rises from 0"] = 0
-    epsilon: Annotated[float, "ε, clip range of π_θ / π_old"] = 0.2
+    epsilon: Annotated[float, "ε, clip range of π_θ / π_old", 0, 1] = 0.2
     beta: Annotated[float, "β, weight of the KL anchor"] = 0.05
     reference: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
-    inner_epochs: Annotated[int, "policy updates on the same rollouts"] = 1
+    inner_epochs: Annotated[int, "policy updates on the same rollouts", 1] = 1
     score_guided: Annotated[bool, "score the guided policy that was sampled, not the unguided one (published recipe)"] = False
     # Stage 2
     lr_decoder: Annotated[float, "learning rate of D_φ and the post-quantization convolution"] = 5e-5
     lr_discriminator: Annotated[float, "learning rate of the discriminator"] = 2e-5
-    beta1_decoder: Annotated[float, "AdamW's β₁ for decoder and discriminator"] = 0.9
-    beta2_decoder: Annotated[float, "AdamW's β₂ for decoder and discriminator"] = 0.95
+    beta1_decoder: Annotated[float, "AdamW's β₁ for decoder and discriminator", 0, 0.9999] = 0.9
+    beta2_decoder: Annotated[float, "AdamW's β₂ for decoder and discriminator", 0, 0.9999] = 0.95
     keep: Annotated[int, "K, best rollouts of a caption that stage 2 trains on; 0 is all G"] = 0
     weight_by: Annotated[Literal["reward", "zscore"], "reward: raw (paper); zscore: standardized in the group"] = "reward"
-    tau_start: Annotated[float, "τ of the rank weights at the first round"] = 4.0
-    tau_end: Annotated[float, "τ after annealing"] = 1.0
-    tau_fraction: Annotated[float, "part of the rounds over which τ is annealed"] = 0.2
+    tau_start: Annotated[float, "τ of the rank weights at the first round", 1e-6] = 4.0
+    tau_end: Annotated[float, "τ after annealing", 1e-6] = 1.0
+    tau_fraction: Annotated[float, "part of the rounds over which τ is annealed", 0, 1] = 0.2
     gan: Annotated[Literal["rank", "uniform", "none"], "Rank-GAN, its ablation with w = 1, or no GAN term on rollouts"] = "rank"
     fakes: Annotated[Literal["policy", "reconstruction"], "what the discriminator sees as fake"] = "policy"
     gan_start: Annotated[int, "round from which the discriminator's verdict counts; it learns from the first"] = 100
@@ -71,9 +74,9 @@ class Method:
     lambda_c: Annotated[float, "λ_c, consistency anchor to the EMA decoder"] = 10.0
     real_images: Annotated[int, "real images a round for reconstruction and discriminator; 0 is the captions' own"] = 0
     # Stage 4
-    ema_policy: Annotated[float, "decay of the policy's EMA"] = 0.999
-    ema_policy_every: Annotated[int, "rounds between updates of the policy's EMA"] = 10
-    ema_decoder: Annotated[float, "decay of the decoder's EMA, every round"] = 0.99
+    ema_policy: Annotated[float, "decay of the policy's EMA", 0, 1] = 0.999
+    ema_policy_every: Annotated[int, "rounds between updates of the policy's EMA", 1] = 10
+    ema_decoder: Annotated[float, "decay of the decoder's EMA, every round", 0, 1] = 0.99
 
 
 # ---- stage 1: token-level ranking --------------------------------------------------------------------------------------
@@ -134,9 +137,9 @@ def rank_gan_loss(verdicts, weights):
     return -(weights * verdicts).mean()
 
 
-def discriminator_loss(real_logits, fake_logits):
-    """Hinge: ½ mean max(0, 1 − disc(x)) + ½ mean max(0, 1 + disc(D(z))); logits of any shape."""
-    return 0.5 * (torch.relu(1 - real_logits).mean() + torch.relu(1 + fake_logits).mean())
+def discriminator_loss(logits, real):
+    """Hinge, one of its two halves: ½ mean max(0, 1 − disc(x)) for `real`, ½ mean max(0, 1 + disc(D(z))) otherwise."""
+    return 0.5 * torch.relu(1 - logits if real else 1 + logits).mean()
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -177,7 +180,9 @@ class Players:
 
     def __init__(self, policy, vq, discriminator, scorer, perceptual, m, autocast):
         frozen = lambda module: copy.deepcopy(module).requires_grad_(False)
-        adamw = lambda weights, lr, **more: torch.optim.AdamW(weights, lr, weight_decay=m.weight_decay, **more)
+        # Fused where it can be: the default makes temporaries as large as the policy.
+        fused = next(policy.parameters()).is_cuda
+        adamw = lambda weights, lr, **more: torch.optim.AdamW(weights, lr, weight_decay=m.weight_decay, fused=fused, **more)
         betas = (m.beta1_decoder, m.beta2_decoder)
         self.policy, self.policy_ema = policy, frozen(policy)
         # Only where it is the reference: a third copy of the policy is 3 GB at XL.
@@ -206,8 +211,9 @@ class Rollouts:
 
 
 def in_rows(function, *tensors, size):
-    """`function` over `size` rows of the tensors at a time, results concatenated; for passes without a gradient."""
-    return torch.cat([function(*rows) for rows in zip(*(t.split(size) for t in tensors))])
+    """`function` over `size` rows of the tensors at a time; for passes without a gradient. A result or several, concatenated."""
+    results = [function(*rows) for rows in zip(*(t.split(size) for t in tensors))]
+    return torch.cat(results) if isinstance(results[0], torch.Tensor) else [torch.cat(parts) for parts in zip(*results)]
 
 
 def take_step(optimizer, parameters, clip):
@@ -218,6 +224,13 @@ def take_step(optimizer, parameters, clip):
     return norm.item()
 
 
+def draw(policy, m, features, text_mask, noise):
+    """G code sequences for each caption, `sample_batch` rows at a time: features (B, T, C), text_mask (B, T), noise (B, G, N)
+    uniform in [0, 1) to codes (B, G, N) and their log-probabilities."""
+    some = lambda *rows: sample(policy, *rows, m.guidance, m.temperature, m.top_k)
+    return in_rows(some, features, text_mask, noise, size=max(1, m.sample_batch // noise.shape[1]))
+
+
 @torch.no_grad()
 def roll_out(p, m, captions, features, text_mask, noise):
     """Samples G code sequences for each of B captions, decodes them with the EMA decoder and scores the pictures.
@@ -226,7 +239,7 @@ def roll_out(p, m, captions, features, text_mask, noise):
     """
     B, G, _ = noise.shape
     with p.autocast:
-        codes, log_probs = sample(p.policy, features, text_mask, noise, m.guidance, m.temperature, m.top_k)
+        codes, log_probs = draw(p.policy, m, features, text_mask, noise)
         codes = codes.flatten(0, 1)  # (R, N)
         text = p.scorer.embed_text(captions).repeat_interleave(G, 0)  # (R, E)
         images = in_rows(p.vq_ema.decode, codes, size=m.micro_batch)  # (R, 3, H, W)
@@ -245,7 +258,7 @@ def policy_stage(p, m, r, step):
 
     def log_probs(policy, rows):
         with p.autocast:
-            return token_log_probs(policy, r.features[rows], r.text_mask[rows], r.codes[rows], *scored_as)
+            return token_log_probs(policy, r.features[rows], r.text_mask[rows], r.codes[rows], *scored_as, m.recompute)
 
     chunks = torch.arange(len(r.codes), device=r.codes.device).split(m.micro_batch)
     with torch.no_grad():
@@ -272,11 +285,13 @@ def discriminator_step(p, m, r, images):
     with torch.no_grad(), p.autocast:
         codes = r.codes if m.fakes == "policy" else in_rows(p.vq.encode, images, size=m.micro_batch)
         fakes = in_rows(p.vq.decode, codes, size=m.micro_batch)
-    with p.autocast:
-        loss = discriminator_loss(p.discriminator(images).float(), p.discriminator(fakes).float())
-    loss.backward()
-    norm = take_step(p.discriminator_optimizer, list(p.discriminator.parameters()), m.clip_grad)
-    return {"discriminator": loss.item(), "discriminator_grad": norm}
+    log = {}
+    for pictures, real in ((images, True), (fakes, False)):
+        for x in pictures.split(m.micro_batch):
+            with p.autocast:
+                logits = p.discriminator(x).float()
+            backward({"discriminator": discriminator_loss(logits, real)}, len(x) / len(pictures), log)
+    return log | {"discriminator_grad": take_step(p.discriminator_optimizer, list(p.discriminator.parameters()), m.clip_grad)}
 
 
 def decoder_stage(p, m, r, step, images):

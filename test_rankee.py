@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -31,6 +32,9 @@ HERE = Path(__file__).parent
 REFERENCE = np.load(HERE / "testdata" / "reference.npz")
 META = json.loads(str(REFERENCE["meta"]))
 MANIFESTS = json.loads((HERE / "testdata" / "manifests.json").read_text())
+
+
+OFF = torch.autocast("cpu", enabled=False)
 
 
 def reference(name):
@@ -274,7 +278,8 @@ def test_rank_weights():
 def test_adversarial_losses():
     """Else the discriminator or the decoder pulls the wrong way, or "uniform" and "rank" mean something else."""
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
-    assert rankee.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0 + 0.5 + 2) / 3 + 0.5 * (0 + 1 + 2) / 3)
+    assert rankee.discriminator_loss(real, True).item() == pytest.approx(0.5 * (0 + 0.5 + 2) / 3)
+    assert rankee.discriminator_loss(fake, False).item() == pytest.approx(0.5 * (0 + 1 + 2) / 3)
     assert rankee.rank_gan_loss(fake, torch.tensor([0.5, 0.5, 2.0])).item() == pytest.approx(-(-1 + 0 + 2) / 3)
     assert rankee.reward_loss(real, torch.tensor([1.0, 1.0, 1.0])).item() == pytest.approx(-0.5)
 
@@ -324,14 +329,14 @@ TINY = train.parse_settings(["--captions", "2", "--rollouts", "4", "--real-image
 def base():
     policy = policies.policy_from_entries(train.read_entries(world.FOLDER / "policy.pt"), 8, world.HEAD_SIZE)
     vq = tokenizers.vq_from_entries(train.read_entries(world.FOLDER / "vq.pt"))
-    return policy, vq, world.Scenes(train.read_checkpoint(world.FOLDER / "judges.pt"))
+    judges = train.read_checkpoint(world.FOLDER / "judges.pt")
+    return policy, vq, world.Scenes(judges, replaced(samples=256), policy.config, vq, "cpu")
 
 
 def players(base, settings, scorer=None):
     policy, vq, scenes = copy.deepcopy(base[0]), copy.deepcopy(base[1]), base[2]
-    autocast = torch.autocast("cpu", enabled=False)
     return rankee.Players(
-        policy, vq, copy.deepcopy(scenes.discriminator), scorer or scenes.scorer, scenes.perceptual, settings, autocast
+        policy, vq, copy.deepcopy(scenes.discriminator), scorer or scenes.scorer, scenes.perceptual, settings, OFF
     )
 
 
@@ -339,10 +344,9 @@ def play(base, settings, rounds=1, scorer=None, p=None):
     """Players after some rounds, with the last round's log and rollouts."""
     p, generator = p or players(base, settings, scorer), torch.Generator().manual_seed(3)
     for step in range(rounds):
-        _, captions, images = base[2].pairs(4, generator, 32)
-        features, mask = base[2].text_features(captions[:2], 8, 64)
+        captions, features, mask, images = base[2].batch(generator)
         noise = torch.rand(2, settings.rollouts, 64, generator=generator)
-        log, r = rankee.one_round(p, settings, step, captions[:2], features, mask, images, noise)
+        log, r = rankee.one_round(p, settings, step, captions[:2], features[:2], mask[:2], images, noise)
     return p, log, r, images
 
 
@@ -467,11 +471,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(base):
 
 def test_scenes_show_their_captions(base):
     """Else rewards, accuracy and pictures speak of different things: the shipped judges read what `draw` draws."""
-    scenes = base[2]
-    attributes, captions, images = scenes.pairs(256, torch.Generator().manual_seed(4), 32)
-    measured = scenes.measure(images, attributes, captions)
-    assert measured["accuracy"] > 0.95
-    other_colours = scenes.measure(images.flip(1), attributes, captions)
+    _, vq, scenes = base
+    attributes, captions = scenes.attributes, scenes.captions
+    images = world.draw(attributes, torch.Generator().manual_seed(4))
+    measured = scenes.measure(vq.encode(images), images)
+    assert measured["accuracy"] > 0.95 and measured["token_kl"] < 0.1
+    other_colours = scenes.measure(vq.encode(images), images.flip(1))
     assert other_colours["accuracy"] < 0.9 and other_colours["frechet"] > 3 * measured["frechet"]
     right, wrong = (scenes.scorer(images, scenes.scorer.embed_text(c)).mean() for c in (captions, captions[::-1]))
     assert right > wrong + 30
@@ -481,7 +486,7 @@ def test_scenes_show_their_captions(base):
 def test_reward_reads_every_word(base):
     """Else reinforcement learning cannot mend what the reward does not see; position was invisible to a plain small CLIP."""
     scenes = base[2]
-    attributes, captions, images = scenes.pairs(256, torch.Generator().manual_seed(5), 32)
+    attributes, captions, images = scenes.attributes, scenes.captions, scenes.real
     right = scenes.scorer(images, scenes.scorer.embed_text(captions))
     cost = {}
     for i, name in enumerate(world.ATTRIBUTES):
@@ -529,8 +534,7 @@ def test_a_run_leaves_what_it_promises(small_run):
     for name in ("reward", "reward_spread", "kl", "clip_fraction", "policy_grad", "decoder_grad", "discriminator", "seconds"):
         assert name in log[0], name
     assert printed.count("\nround ") + printed.startswith("round ") == 2 and "frechet" in printed
-    for file in ("samples.png", "decoders.png"):
-        assert train.Image.open(out / file).size[0] > 500
+    assert train.Image.open(out / "pictures-000002.png").size == (190 + 4 * 100, 24 + 8 * 100)  # 8 captions, 4 columns
 
 
 def test_one_seed_one_result(small_run, tmp_path):
@@ -546,33 +550,375 @@ def test_one_seed_one_result(small_run, tmp_path):
 def write_miniature(folder):
     """A policy and a tokenizer in the public files' layout, with what LlamaGen leaves in them; widths cut."""
     vq = tokenizers.VQModel(tokenizers.VQConfig(multipliers=(1, 1, 1, 1, 1), blocks=2, latent=32, codes=64))
-    policy = policies.Policy(
-        policies.PolicyConfig(dim=128, layers=2, head_size=64, hidden=256, codes=64, prefix=12, caption_dim=48, grid=2)
-    )
-    policy.initialize(torch.Generator().manual_seed(0))
-    entries = {"module." + name: value for name, value in policy.state_dict().items()} | {
-        "module.freqs_cis": torch.zeros(16, 32, 2)
-    }
-    torch.save(
-        {"model": entries, "optimizer": {"state": {}}, "steps": 7, "args": argparse.Namespace(lr=1.0)}, folder / "policy.pt"
-    )
-    torch.save({"model": vq.state_dict()}, folder / "vq.pt")
+    config = policies.PolicyConfig(dim=128, layers=2, head_size=64, hidden=256, codes=64, prefix=12, caption_dim=48, grid=2)
+    policy = policies.Policy(config).initialize(torch.Generator().manual_seed(0))
+    entries = {"module." + name: value for name, value in policy.state_dict().items()}
+    entries |= {"module.freqs_cis": torch.zeros(16, 32, 2)}
+    training = {"optimizer": {"state": {}}, "steps": 7, "args": argparse.Namespace(lr=1.0)}
+    torch.save({"model": entries} | training, folder / "policy.pt")
+    torch.save({"model": vq.state_dict()}, folder / "vq_ds16_t2i.pt")
     return policy, vq
 
 
-def test_a_checkpoint_in_llamagens_layout_runs_and_comes_back(tmp_path):
-    """Else `--ckpt` is a code path and not a run: a miniature goes through the command, and what is saved loads strictly,
-    by the public names, with the encoder and codebook untouched."""
-    policy, vq = write_miniature(tmp_path)
-    files = ["--ckpt", tmp_path / "policy.pt", "--vq", tmp_path / "vq.pt"]
+def write_scorer(path, quick_gelu, head_width):
+    """An open_clip ViT whose shapes are cut; half precision under state_dict as HPSv2's, or a bare .safetensors."""
+    torch.manual_seed(0)
+    vision = world.CLIPVisionCfg(layers=2, width=2 * head_width, head_width=head_width, patch_size=14, image_size=28)
+    model = world.CLIP(32, vision, world.CLIPTextCfg(layers=1, width=64, heads=1), quick_gelu)
+    entries = model.state_dict()
+    if path.suffix == ".safetensors":
+        train.safetensors.torch.save_file(entries, path)
+    else:
+        torch.save({"epoch": 1, "state_dict": {name: value.half() for name, value in entries.items()}}, path)
+    return model.eval()
+
+
+CAPTIONS = ["a red bus", "two cats, asleep", "a boat on a lake", "an old clock"]
+
+
+def write_pairs(folder):
+    """Four images of different shapes, with captions, and what a download leaves: an unreadable image and one without a text."""
+    folder.mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + 8 * i, 60, 3), dtype=np.uint8)
+        train.Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    (folder / "broken.jpg").write_bytes((folder / "0.png").read_bytes()[:900])
+    (folder / "broken.txt").write_text("half a picture")
+    (folder / "mute.png").write_bytes((folder / "0.png").read_bytes())
+
+
+def write_features(folder, names, width=48):
+    """Text features as LlamaGen's extraction tool writes them."""
+    for name in names:
+        path = folder / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        np.save(path, rng.standard_normal((1, 1 + len(name) % 5, width), dtype=np.float32))
+
+
+@pytest.fixture(scope="module")
+def public_files(tmp_path_factory):
+    """Every public file beside a policy, in its true layout, shapes cut where they are free; and pairs with their features."""
+    folder = tmp_path_factory.mktemp("public")
+    write_miniature(folder)
+    write_scorer(folder / "open_clip_model.safetensors", True, 64)
+    write_scorer(folder / "HPS_v2.1_compressed.pt", False, 80)
+    vgg = {name: 0.05 * torch.randn(shape) for name, shape in MANIFESTS["vgg16-397923af.pth (features only)"].items()}
+    vgg |= {"classifier.0.weight": torch.zeros(2, 2)}  # the file has a classifier; nothing here needs it
+    torch.save(vgg, folder / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)
+    linear = {name: value.abs() for name, value in fill(MANIFESTS["vgg_lpips.pth (linear layers)"]).items()}
+    torch.save(linear, folder / "vgg.pth", _use_new_zipfile_serialization=False)
+    write_pairs(folder / "pairs")
+    write_features(folder / "t5", ["0", "1", "2", "3", "broken"])
+    return folder
+
+
+def public_run(folder, *more):
+    data = ["--data", folder / "pairs", "--t5-features", folder / "t5", "--image-size", 32]
+    return ["--ckpt", folder / "policy.pt", *data, *SMALL[:-4], "--gan-start", 0, "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize("reward", ["clip", "hpsv2"])
+def test_public_files_are_post_trained_and_come_back(public_files, tmp_path, reward):
+    """Else `--ckpt` is a code path and not a run: miniatures of every public file go through the command, and what is saved
+    loads strictly, by the public names, with encoder and codebook untouched, and paints the run's own picture."""
     out = tmp_path / "run"
-    finished(*SMALL, *files, "--image-size", 32, "--gan-start", 0, "--out", out)
-    trained = policies.policy_from_entries(train.read_entries(out / "policy.pt"), 2)
-    assert set(train.read_entries(out / "policy.pt")) == set(policy.state_dict()) and changed(policy, trained)
-    saved = tokenizers.vq_from_entries(train.read_entries(out / "vq.pt"))
-    assert set(train.read_entries(out / "vq.pt")) == set(vq.state_dict())
-    assert {name.split(".")[0] for name in changed(vq, saved)} == {"decoder", "post_quant_conv"}
-    finished(*SMALL, "--ckpt", out / "policy.pt", "--vq", out / "vq_ema.pt", "--image-size", 32, "--out", tmp_path / "on")
+    printed = finished(*public_run(public_files, "--reward", reward, "--out", out))
+    assert "skipped mute: no caption" in printed.stderr and printed.stderr.count("skipped broken: ") <= 1
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(math.isfinite(value) for line in log for value in line.values())
+    assert log[0]["decoder_reward"] != 0 and log[0]["reward_spread"] > 0
+
+    before = policies.policy_from_entries(train.read_entries(public_files / "policy.pt"), 2)
+    after = policies.policy_from_entries(train.read_entries(out / "policy.pt"), 2)
+    assert set(train.read_entries(out / "policy.pt")) == set(before.state_dict()) and changed(before, after)
+    entries = {name: train.read_entries(path) for name, path in (("was", public_files / "vq_ds16_t2i.pt"), ("is", out / "vq.pt"))}
+    assert set(entries["was"]) == set(entries["is"])  # codebook_used too: LlamaGen's sampler loads strictly
+    was, now, ema = (tokenizers.vq_from_entries(e) for e in (*entries.values(), train.read_entries(out / "vq_ema.pt")))
+    assert {name.split(".")[0] for name in changed(was, now)} == {"decoder", "post_quant_conv"}
+
+    # The last column of the run's picture, from the saved files alone.
+    s = train.parse_settings([str(x) for x in public_run(public_files)])
+    stream = train.Pairs(train.list_pairs(s.data)[0], public_files / "t5", 32, 12, 0)
+    captions, features, _ = zip(*(stream[i][0] for i in range(8)))
+    noise = torch.rand(8, 1, 4, generator=torch.Generator().manual_seed(10**6))
+    codes, _ = policies.sample(after, *policies.left_pad(features, 12), noise, s.guidance, 1.0, s.top_k)
+    with torch.no_grad():
+        images = ema.decode(codes[:, 0])
+    train.save_grid(tmp_path / "grid.png", {name: images for name in ("real", "before", "frozen decoder", "RankE")}, captions)
+    saved, again = (
+        np.asarray(train.Image.open(path))[24:, 190 + 3 * 100 :] for path in (out / "pictures-000002.png", tmp_path / "grid.png")
+    )
+    assert np.abs(saved.astype(int) - again).max() <= 1
+
+    finished(
+        "--ckpt", out / "policy.pt", "--data", "scenes", "--image-size", 32, *SMALL, "--out", tmp_path / "on"
+    )  # a run's files are a base
+
+
+def test_what_is_missing_is_said_at_once(tmp_path, capsys, monkeypatch):
+    """Else a user downloads the files one by one, a failed start at a time."""
+    arguments = ["--ckpt", tmp_path / "x.pt", "--vgg", "nowhere.pth", "--out", tmp_path / "run"]
+    text = refused(capsys, monkeypatch, *arguments, lines=8)
+    assert not (tmp_path / "run").exists()
+    for option, file in {"ckpt": "t2i_XL_stage1_256.pt", "vq": "vq_ds16_t2i.pt", "t5": "flan-t5-xl", "data": "captions"}.items():
+        assert any(f"--{option} " in line and file in line for line in text.splitlines()), option
+    for word in (
+        "--reward-weights   open_clip_model",
+        "--vgg              nowhere.pth: no such file",
+        "--lpips",
+        "huggingface.co",
+        "pytorch.org",
+    ):
+        assert word in text, word
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert "pip install transformers" in refused(capsys, monkeypatch, *arguments, lines=9)
+
+
+def test_scorers_are_open_clips_own(tmp_path):
+    """Else the reward is not CLIP's or HPSv2's: activation, head width or preprocessing differ, and no error says so."""
+    image = torch.rand(2, 3, 40, 40) * 2 - 1
+    for file, options in (("clip.safetensors", (True, 64)), ("hps.pt", (False, 80))):
+        model = write_scorer(tmp_path / file, *options)
+        scorer = metrics.clip_from_entries(train.read_entries(tmp_path / file), *options)
+        tokens = metrics.open_clip.get_tokenizer("ViT-H-14")(CAPTIONS[:2])
+        pixels = torch.nn.functional.interpolate((image + 1) / 2, (28, 28), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (
+            torch.tensor(x).view(3, 1, 1) for x in (metrics.open_clip.OPENAI_DATASET_MEAN, metrics.open_clip.OPENAI_DATASET_STD)
+        )
+        with torch.no_grad():
+            picture, text = model.encode_image((pixels - mean) / std), model.encode_text(tokens)
+        expected = 100 * torch.cosine_similarity(picture, text)
+        torch.testing.assert_close(
+            scorer(image, scorer.embed_text(CAPTIONS[:2])), expected, atol=0.2 if "hps" in file else 1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("options", [(True, 64), (False, 80)])
+def test_public_rewards_reach_the_decoder_alone(llamagen, llamagen_vq, tmp_path, options):
+    """Else λ_d moves nothing with a real reward, or moves what defines the tokens."""
+    write_scorer(tmp_path / "scorer.safetensors", *options)
+    scorer = metrics.clip_from_entries(train.read_entries(tmp_path / "scorer.safetensors"), *options)
+    vq = rankee.Players(llamagen[0], copy.deepcopy(llamagen_vq), torch.nn.Linear(1, 1), scorer, None, TINY, None).vq
+    scorer(vq.decode(reference("vq.codes")), scorer.embed_text(CAPTIONS[:2])).sum().backward()
+    assert vq.decoder.conv_out.weight.grad.abs().max() > 0
+    assert all(w.grad is None or not w.grad.any() for part in (vq.encoder, vq.quant_conv, vq.quantize) for w in part.parameters())
+
+
+def test_recomputed_and_chunked_passes_change_memory_not_gradients(llamagen):
+    """Else gradient checkpointing trains another model."""
+    policy, features, mask = llamagen
+    results = []
+    for recompute, chunk in ((False, 16), (True, 16), (True, 5), (False, 7)):
+        policy.zero_grad()
+        scored = policies.token_log_probs(policy, features, mask, reference("llamagen.tokens"), 3.0, 0.9, recompute, chunk)
+        scored.square().sum().backward()
+        results.append([scored.detach(), *(w.grad.clone() for w in policy.parameters())])
+    policy.zero_grad()
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5 * max(1, x.abs().max().item()), rtol=1e-5)
+
+
+def test_recomputing_keeps_less(llamagen):
+    """Else the option that fits XL into a GPU does nothing."""
+    policy, features, mask = llamagen
+
+    def kept(recompute):
+        sizes = {}
+        note = lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = policies.token_log_probs(policy, features, mask, reference("llamagen.tokens"), recompute=recompute).sum()
+        weights = {w.untyped_storage().data_ptr() for w in policy.parameters()}
+        return sum(size for at, size in sizes.items() if at not in weights), loss
+
+    assert kept(True)[0] < 0.3 * kept(False)[0]
+
+
+# ---- data --------------------------------------------------------------------------------------------------------------
+
+
+def four_layouts(folder):
+    """The same four pairs as a folder, COCO's files, LlamaGen's list and a tar: source → names of the pairs."""
+    write_pairs(folder / "pairs")
+    (folder / "annotations").mkdir()
+    images = [{"id": 10 + i, "file_name": f"{i}.png"} for i in range(4)]
+    notes = [{"id": 20 + i, "image_id": 10 + i, "caption": caption} for i, caption in enumerate(CAPTIONS)]
+    coco = folder / "annotations" / "captions_pairs.json"  # COCO's own places: annotations/captions_val2014.json and val2014/
+    coco.write_text(json.dumps({"images": images, "annotations": notes}))
+    lines = [{"image_path": f"pairs/{i}.png", "text": [caption, "a longer one"]} for i, caption in enumerate(CAPTIONS)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for i in (2 * shard, 2 * shard + 1):
+                tar.add(folder / "pairs" / f"{i}.txt", f"{i}.txt")
+                tar.add(folder / "pairs" / f"{i}.png", f"{i}.png")
+    return {
+        folder / "pairs": ["0", "1", "2", "3"],
+        coco: ["20", "21", "22", "23"],
+        folder / "list.jsonl": [f"list/{i}" for i in range(4)],
+        folder / "shards": ["0/0", "0/1", "1/2", "1/3"],
+    }
+
+
+def test_every_data_layout_gives_the_same_pairs(tmp_path):
+    """Else a picture is trained on under another picture's caption, stretched, or in another range."""
+    for source, names in four_layouts(tmp_path).items():
+        pairs, _ = train.list_pairs(source)
+        pairs = [pair for pair in pairs if pair[0] != "broken"]
+        assert [(name, caption) for name, _, caption in pairs] == list(zip(names, CAPTIONS)), source
+        write_features(tmp_path / "t5", names)
+        stream = train.Pairs(pairs, tmp_path / "t5", 32, 12, 0)
+        for i, pair in enumerate(pairs):
+            caption, features, image = stream.read(*pair)
+            pixels = train.Image.open(tmp_path / "pairs" / f"{i}.png")
+            side = min(pixels.size)
+            left, top = (pixels.width - side) / 2, (pixels.height - side) / 2
+            square = pixels.resize((32, 32), train.Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+            expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+            torch.testing.assert_close(image, expected)
+            assert caption == CAPTIONS[i] and features.shape == (1 + len(pair[0]) % 5, 48)
+
+
+def test_data_order_is_a_function_of_seed_and_position(tmp_path):
+    """Else a resumed run trains on other pictures, an epoch leaves some out, or two seeds are one."""
+    write_pairs(tmp_path / "pairs")
+    write_features(tmp_path / "t5", ["0", "1", "2", "3", "broken"])
+    pairs, skipped = train.list_pairs(tmp_path / "pairs")
+    assert skipped == ["mute: no caption, or not in UTF-8"]
+    stream = lambda seed: train.Pairs(pairs, tmp_path / "t5", 32, 12, seed)
+    readable = train.Pairs([pair for pair in pairs if pair[0] != "broken"], tmp_path / "t5", 32, 12, 0)
+    names = [readable[i][0][0] for i in range(12)]
+    assert all(sorted(names[i : i + 4]) == sorted(CAPTIONS) for i in (0, 4, 8)) and names[:4] != names[4:8]
+    assert [stream(0)[i][0][0] for i in (7, 3, 11)] == [[stream(0)[i][0][0] for i in range(12)][i] for i in (7, 3, 11)]
+    assert [stream(0)[i][0][0] for i in range(20)] != [stream(1)[i][0][0] for i in range(20)]
+    items = [stream(0)[i] for i in range(5)]  # one epoch: the unreadable one is named once and never seen
+    assert sum("broken" in line for _, skipped in items for line in skipped) == 1 and all(item for item, _ in items)
+
+
+def test_data_that_cannot_be_used(public_files, capsys, monkeypatch, tmp_path):
+    """Else a run starts on nothing, on half of a shard, or on another caption's features."""
+    four_layouts(tmp_path)
+    shard = tmp_path / "shards" / "0.tar"
+    shard.write_bytes(shard.read_bytes()[:-9000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"image_path": "a.png", "text": "caf\xe9"}')
+    (tmp_path / "note.txt").write_text("")
+    for name, says in {
+        "shards": "0.tar: damaged", "empty": "no image with a caption", "bad.json": "another layout",
+        "latin.jsonl": "latin.jsonl: damaged", "note.txt": "not a data source", "nowhere": "no such file",
+    }.items():  # fmt: skip
+        line = refused(capsys, monkeypatch, *public_run(public_files, "--out", tmp_path / "run", "--data", tmp_path / name))
+        assert says in line, line
+        assert not (tmp_path / "run").exists()
+    write_features(tmp_path / "narrow", ["0", "1", "2", "3", "broken"], width=40)
+    line = refused(
+        capsys, monkeypatch, *public_run(public_files, "--t5-features", tmp_path / "narrow", "--out", tmp_path / "run")
+    )
+    assert "text features 40 wide; the policy takes 48" in line
+    (tmp_path / "narrow" / "captions.json").write_text(json.dumps({"1": "three dogs"}))
+    line = refused(
+        capsys, monkeypatch, *public_run(public_files, "--t5-features", tmp_path / "narrow", "--out", tmp_path / "run")
+    )
+    assert "the features of 1 are of another caption" in line
+
+
+# ---- text --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "caption, cleaned",
+    [
+        ("  A man's dog — “happy”, and wet...  ", 'a man\'s dog - "happy", and wet'),
+        ("red,green and blue.A dog (small) runs", "red, green and blue. a dog small runs"),
+        ("a 4-year-old, black-and-white dog-like thing", "a 4 year old, black and white dog like thing"),
+        ("'quoted caption'", "quoted caption"),
+        ("salt &amp; pepper; 50% off,", "salt pepper; 50% off"),
+        ("two  cats\nand a+b", "two cats and a b"),
+    ],
+)
+def test_captions_are_cleaned_as_llamagens_were(caption, cleaned):
+    """Else the text encoder reads other tokens than in the policy's own training. Expected values: LlamaGen's cleaning, by hand run."""
+    assert policies.clean_caption(caption) == cleaned
+
+
+@pytest.fixture(scope="module")
+def small_t5(tmp_path_factory):
+    """A T5 encoder with random weights and a real tokenizer.json of the captions' words."""
+    transformers = pytest.importorskip(
+        "transformers", reason="the text encoder runs through transformers, which is not installed"
+    )
+    import tokenizers as tokenizers_library
+    from tokenizers import models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("t5") / "flan-t5-xl"
+    words = ["<pad>", "</s>", "<unk>", *sorted({word for text in CAPTIONS for word in text.replace(",", " ,").split()})]
+    tokenizer = tokenizers_library.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(words), d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_text_features_do_not_depend_on_the_batch(small_t5):
+    """Else a caption's features change with its neighbours' lengths. A caption of n words has n + 1 tokens, </s> the last."""
+    together = list(policies.t5_features(small_t5, CAPTIONS, 12, "cpu", OFF, batch=4))
+    alone = list(policies.t5_features(small_t5, CAPTIONS, 12, "cpu", OFF, batch=1))
+    assert [len(rows) for rows in together] == [4, 5, 6, 4] and together[0].shape[1] == 48
+    for x, y in zip(together, alone):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+    assert len(next(policies.t5_features(small_t5, ["a " * 50], 12, "cpu", OFF))) == 12
+
+
+def test_text_features_are_computed_once_and_kept(public_files, small_t5, tmp_path):
+    """Else every start waits for the text encoder, or a picture of --sample is made for no caption at all."""
+    write_pairs(tmp_path / "pairs")
+    arguments = public_run(public_files, "--t5", small_t5, "--data", tmp_path / "pairs", "--t5-features", tmp_path / "made")
+    finished(*arguments, "--rounds", 1, "--arm", "policy", "--out", tmp_path / "a")
+    kept = {path.name: np.load(path) for path in (tmp_path / "made").glob("*.npy")}
+    assert set(kept) == {"0.npy", "1.npy", "2.npy", "3.npy", "broken.npy"} and kept["1.npy"].shape == (1, 5, 48)
+    finished(*arguments, "--t5", "gone", "--rounds", 1, "--arm", "policy", "--out", tmp_path / "b")
+    assert (tmp_path / "a" / "log.jsonl").read_text().split('"seconds"')[0] == (tmp_path / "b" / "log.jsonl").read_text().split(
+        '"seconds"'
+    )[0]
+    files = [
+        "--ckpt",
+        public_files / "policy.pt",
+        "--t5",
+        small_t5,
+        "--image-size",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "seen",
+    ]
+    finished(*files, "--sample", "a red bus", "an old clock")
+    pictures = sorted((tmp_path / "seen").glob("*.png"))
+    assert [path.name for path in pictures] == ["000 a red bus.png", "001 an old clock.png"]
+    first, second = (np.asarray(train.Image.open(path)) for path in pictures)
+    assert first.shape == (32, 32, 3) and (first != second).any()
+
+
+def test_sample_draws_scenes(tmp_path, capsys, monkeypatch):
+    """Else nobody can ask the embedded world for one picture."""
+    caption = "large red plain circle middle center on white"
+    done = finished("--sample", caption, "--out", tmp_path, "--device", "cpu")
+    picture = np.asarray(train.Image.open(done.stdout.strip()))
+    assert picture.shape == (32, 32, 3) and picture[2, 2].min() > 180  # white ground
+    for text in ("a bus", "", caption + " on white"):
+        assert f"--sample {text!r}: the embedded" in refused(capsys, monkeypatch, "--sample", text, "--out", tmp_path)
 
 
 class Bomb:
@@ -580,13 +926,13 @@ class Bomb:
         return print, ("this pickle ran code",)
 
 
-def refused(capsys, monkeypatch, *arguments):
-    """The one line that the command prints when it refuses."""
+def refused(capsys, monkeypatch, *arguments, lines=1):
+    """What the command prints when it refuses, one line unless it lists files."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         train.main()
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and len(err.strip().splitlines()) == 1 and out == "", (out, err)
+    assert stopped.value.code == 2 and len(err.strip().splitlines()) == lines and out == "", (out, err)
     return err
 
 
@@ -603,7 +949,8 @@ def refused(capsys, monkeypatch, *arguments):
         (["--rollouts", "1"], "--rollouts 1 is not possible; it must be at least 2"),
         (["--gan", "ranked"], "argument --gan: invalid choice: 'ranked'"),
         (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
-        (["--ckpt", "policy.pt"], "--ckpt and --vq go together"),
+        (["--vq", "vq.pt"], "--vq without --ckpt"),
+        (["--reward", "hpsv2"], "--reward: the embedded world has its own"),
         (["--image-size", "34"], "--image-size 34 is no multiple of the tokenizer's factor 4"),
     ],
 )
@@ -616,7 +963,7 @@ def test_settings_that_cannot_be_meant(capsys, monkeypatch, tmp_path, arguments,
 def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     """Else training starts from random weights, from another model's, or from somebody's code."""
     write_miniature(tmp_path)
-    good_policy, good_vq = tmp_path / "policy.pt", tmp_path / "vq.pt"
+    good_policy, good_vq = tmp_path / "policy.pt", tmp_path / "vq_ds16_t2i.pt"
     entries = train.read_entries(good_policy)
     bad = {
         "truncated.pt": good_policy.read_bytes()[:-2000],
@@ -633,16 +980,29 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     torch.save(entries | {"output.weight": torch.zeros(65, 128)}, tmp_path / "codes.pt")
     expected = {
         "nowhere.pt": "no such file", ".": "a folder, not a file", "truncated.pt": "truncated, damaged", "empty.pt": "truncated, damaged", "noise.pt": "truncated, damaged",
-        "bomb.pt": "not a checkpoint of plain weights", "list.pt": "holds no state dict", "vq.pt": "has no entry 'tok_embeddings.weight'",
+        "bomb.pt": "not a checkpoint of plain weights", "list.pt": "holds no state dict", "vq_ds16_t2i.pt": "has no entry 'tok_embeddings.weight'",
         "missing.pt": "norm.weight", "surplus.pt": "extra.weight", "shape.pt": "norm.weight", "codes.pt": "output.weight",
     }  # fmt: skip
     for name, says in expected.items():
         line = refused(
-            capsys, monkeypatch, "--ckpt", tmp_path / name, "--vq", good_vq, "--image-size", 32, "--out", tmp_path / "run"
+            capsys,
+            monkeypatch,
+            "--ckpt",
+            tmp_path / name,
+            "--vq",
+            good_vq,
+            "--data",
+            "scenes",
+            "--image-size",
+            32,
+            "--out",
+            tmp_path / "run",
         )
         assert says in line and str(tmp_path / name) in line, line
         assert not (tmp_path / "run").exists()
-    assert "has no entry" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, "--out", tmp_path / "run")
+    assert "has no entry" in refused(
+        capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, "--data", "scenes", "--out", tmp_path / "run"
+    )
 
 
 def test_a_run_is_not_overwritten(small_run, capsys, monkeypatch):

@@ -1,64 +1,83 @@
-"""Post-training with RankE: settings, the loop, pictures, files.
+"""Post-training with RankE: settings, data, the loop, pictures, files.
 
-    python train.py                                    the whole job on the embedded world, minutes on a laptop
-    python train.py --arm policy --out runs/policy     standard RL: the decoder stays frozen
-    python train.py --ckpt policy.pt --vq vq.pt        another checkpoint in LlamaGen's layout
-    python train.py --pretrain                         make the embedded world's base again
+    python train.py                                         the whole job on the embedded world, minutes on a laptop
+    python train.py --arm policy --out runs/policy          standard RL: the decoder stays frozen
+    python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  a public checkpoint; lists what it lacks, and where to get it
+    python train.py --ckpt FILE --sample "a red bus"        pictures from any checkpoint in LlamaGen's layout
+    python train.py --pretrain                              make the embedded world's base again
 
 Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` below holds the
-embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), results.json, pictures, and policy.pt, vq.pt and their EMAs
-in LlamaGen's layout. All randomness of round n is drawn from (seed, n).
+embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), pictures, and policy.pt, vq.pt and their EMAs
+in LlamaGen's layout; on the embedded world results.json too. Round n is a function of the seed and n.
 """
 
 import argparse
 import copy
 import dataclasses
 import difflib
+import importlib.util
+import io
 import json
 import os
 import pickle
+import re
 import sys
+import tarfile
 import textwrap
 import time
 import warnings
-from dataclasses import dataclass
+import zipfile
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metrics import token_entropy, token_histogram, token_kl
-from policy import policy_from_entries, sample
-from rankee import Method, Players, one_round
+from metrics import clip_from_entries
+from policy import left_pad, policy_from_entries, t5_features
+from rankee import Method, Players, draw, in_rows, one_round
 from scenes import world
-from vq import PatchDiscriminator, vq_from_entries
+from vq import PatchDiscriminator, lpips_from_entries, vq_from_entries
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings(Method):
     """A run's settings: the method's and these."""
 
     out: Annotated[str, "folder of the run; must not hold another run"] = "runs/llamagen"
-    seed: Annotated[int, "seed of captions, scenes and noise"] = 0
+    seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**11] = 0
     ckpt: Annotated[str, "policy in LlamaGen's layout; default: the embedded world's"] = ""
-    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: the embedded world's"] = ""
-    image_size: Annotated[int, "pixels a side; with the tokenizer's factor it gives the token grid"] = 256
+    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: beside the policy, as are the next files"] = ""
+    image_size: Annotated[int, "pixels a side (PatchGAN needs 24); with the tokenizer's factor they give the token grid", 24] = (
+        256
+    )
     head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
+    data: Annotated[str, "images and captions: a folder, COCO json, LlamaGen jsonl or webdataset tars; or the word scenes"] = ""
+    t5: Annotated[str, "folder of the text encoder"] = ""
+    t5_features: Annotated[str, "folder of LlamaGen's .npy text features, completed where it lacks some; default: DATA.t5"] = ""
+    reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2"] = "clip"
+    reward_weights: Annotated[str, "the scorer's file"] = ""
+    vgg: Annotated[str, "VGG16's file, for LPIPS"] = ""
+    lpips: Annotated[str, "file of LPIPS' linear layers"] = ""
+    workers: Annotated[int, "processes that read images; 0: none, the run reads them itself"] = 4
+    sample: Annotated[list[str], "captions: write a picture of each to --out and stop"] = ()
     device: Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: the GPU where there is one"] = "auto"
     precision: Annotated[Literal["auto", "float32", "bf16"], "of passes, weights are float32; auto: bf16 on a GPU"] = "auto"
-    samples: Annotated[int, "pictures in an evaluation"] = 2048
-    save_every: Annotated[int, "rounds between checkpoints; the last round is always saved"] = 500
+    samples: Annotated[int, "pictures in an evaluation of the embedded world", 2] = 2048
+    save_every: Annotated[int, "rounds between checkpoints and pictures; the last round always makes them", 1] = 500
     pretrain: Annotated[bool, "make the embedded world's base in scenes/ and stop"] = False
 
 
 # The embedded world, found by measurement (scenes/ says what it is). Everything else is `Method`'s default.
 SCENES = dict(
-    out="runs/scenes", image_size=world.RESOLUTION, head_size=world.HEAD_SIZE,
-    rounds=80, captions=8, guidance=2.0, top_k=0, micro_batch=64,
+    out="runs/scenes", data="scenes", image_size=world.RESOLUTION, head_size=world.HEAD_SIZE,
+    rounds=80, captions=8, guidance=2.0, top_k=0, sample_batch=64, micro_batch=64, recompute=False,
     lr_policy=2e-4, warmup=10, reference="initial", score_guided=True, ema_policy=0.9, ema_policy_every=1,
     lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.95,
     weight_by="zscore", gan_start=0, lambda_d=0.6, lambda_g=0.5, lambda_c=2.0, real_images=32,
@@ -70,14 +89,9 @@ class BadInput(Exception):
 
 
 def parse_settings(arguments):
-    """The command line to `Settings`. Options left out take the embedded world's values, or with --ckpt the paper's."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    """The command line to `Settings`. Options left out take the paper's values with --ckpt, the embedded world's without."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout, allow_abbrev=False, exit_on_error=False)
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, text = hint.__origin__, hint.__metadata__[0]
@@ -85,6 +99,8 @@ def parse_settings(arguments):
         option = {"dest": name, "default": argparse.SUPPRESS, "help": shown.replace("%", "%%")}
         if kind is bool:
             option["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is list:
+            option |= {"nargs": "+", "metavar": "TEXT"}
         else:
             option |= {"choices": get_args(kind)} if get_args(kind) else {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + name.replace("_", "-"), **option)
@@ -96,43 +112,47 @@ def parse_settings(arguments):
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, cutoff=0)
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
-    settings = Settings(**(defaults | ({} if "ckpt" in given else SCENES) | vars(given)))
+    preset = {} if "ckpt" in given and getattr(given, "data", "") != "scenes" else SCENES
+    settings = Settings(**(defaults | preset | vars(given)))
     check_settings(settings)
-    return settings
+    beside = str(Path(settings.data)) + ".t5" if settings.data not in ("", "scenes") else ""
+    return dataclasses.replace(settings, t5_features=settings.t5_features or beside)
 
 
 def check_settings(s):
     """Raises BadInput for a value or a combination that cannot be meant."""
-    least = {"guidance": 1, "rollouts": 2, "temperature": 1e-6, "tau_start": 1e-6, "tau_end": 1e-6, "samples": 2}
-    least |= {"image_size": 24}  # below, PatchGAN has no patch
-    least |= dict.fromkeys(["rounds", "captions", "micro_batch", "inner_epochs", "ema_policy_every", "save_every"], 1)
-    most = {"epsilon": 1, "tau_fraction": 1, "ema_policy": 1, "ema_decoder": 1, "beta1_decoder": 0.9999, "beta2_decoder": 0.9999}
-    most |= {"seed": 10**11}  # the rounds' seeds are made from it and must fit 64 bits
-    for name, value in dataclasses.asdict(s).items():
-        low, high = least.get(name, 0), most.get(name, sys.float_info.max)
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        value, (_, *bounds) = getattr(s, name), hint.__metadata__
+        low, high = (*bounds, *(0, sys.float_info.max)[len(bounds) :])
         if isinstance(value, (int, float)) and not low <= value <= high:
-            bounds = f"from {low} to {high}" if name in most else f"at least {low}"
+            bounds = f"from {low} to {high}" if bounds[1:] else f"at least {low}"
             raise BadInput(f"--{name.replace('_', '-')} {value} is not possible; it must be {bounds}")
     if s.keep > s.rollouts:
         raise BadInput(f"--keep {s.keep} keeps more than the {s.rollouts} rollouts of a caption; give at most --rollouts")
     if s.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
-    if bool(s.ckpt) != bool(s.vq):
-        raise BadInput("--ckpt and --vq go together: a policy's codes mean nothing to another tokenizer; name both")
+    if s.vq and not s.ckpt:
+        raise BadInput("--vq without --ckpt: the embedded world's codes mean nothing to another tokenizer; name both")
+    for name in ("t5", "t5_features", "reward", "reward_weights", "vgg", "lpips"):
+        if s.data == "scenes" and getattr(s, name) != getattr(Settings, name):
+            raise BadInput(f"--{name.replace('_', '-')}: the embedded world has its own; leave it out, or name --ckpt and --data")
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
-    """What a .pt file holds, with `weights_only`: a pickle that would run code is refused. Raises BadInput."""
+    """What a .pt or .safetensors file holds, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a PyTorch checkpoint")
+        raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a checkpoint")
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise BadInput(f"{path}: not a checkpoint of plain weights ({first_line(error)}); get it again") from error
     except Exception as error:  # a damaged file fails in many ways, none of them a reason to go on
@@ -145,7 +165,6 @@ def read_entries(path):
     for key in ("model", "module", "state_dict"):
         if isinstance(entries, dict) and isinstance(entries.get(key), dict):
             entries = entries[key]
-            break
     tensors = isinstance(entries, dict) and all(isinstance(value, torch.Tensor) for value in entries.values())
     if not tensors or not entries or not all(isinstance(name, str) for name in entries):
         raise BadInput(f"{path}: holds no state dict; expected tensors by name, bare or under model, module or state_dict")
@@ -154,10 +173,10 @@ def read_entries(path):
     return entries
 
 
-def build(path, what, from_entries, *sizes):
-    """`from_entries` on a file; what does not fit becomes BadInput with the first offender's name."""
+def build(path, what, from_entries, *more):
+    """`from_entries` on a file's entries and `more`; what does not fit becomes BadInput with the first offender's name."""
     try:
-        return from_entries(read_entries(path), *sizes)
+        return from_entries(read_entries(path), *more)
     except KeyError as error:
         raise BadInput(f"{path}: has no entry {error}; expected {what}") from error
     except (RuntimeError, ValueError) as error:
@@ -179,74 +198,233 @@ def write_whole(path, write):
 
 def save_players(out, p):
     for name in ("policy", "policy_ema", "vq", "vq_ema"):
-        entries = {"model": getattr(p, name).state_dict()}
-        write_whole(out / f"{name}.pt", lambda path: torch.save(entries, path))
+        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": getattr(p, name).state_dict()}, path))
 
 
-def save_grid(path, rows, captions, zoom):
-    """Pictures side by side, a row a label, captions underneath; rows: label → images (n, 3, H, W) in [-1, 1]."""
+def to_picture(image):
+    """An image (3, H, W) in [-1, 1] as a PIL picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(path, columns, captions):
+    """A row a caption, a column a label; columns: label → images (n, 3, H, W) in [-1, 1]."""
     font = ImageFont.load_default(13)
-    first = next(iter(rows.values()))
-    cell, margin, gap = first.shape[-1] * zoom, 110, 4
-    sheet = Image.new("RGB", (margin + len(captions) * (cell + gap), len(rows) * (cell + gap) + 90), "white")
+    cell, gap, margin, head = max(96, next(iter(columns.values())).shape[-1]), 4, 190, 24
+    sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), head + len(captions) * (cell + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    for y, (label, images) in enumerate(rows.items()):
-        pen.text((6, y * (cell + gap) + cell // 2 - 16), label, "black", font)
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for x, picture in enumerate(pixels):
-            tile = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + x * (cell + gap), y * (cell + gap)))
-    for x, text in enumerate(captions):
-        place = (margin + x * (cell + gap), len(rows) * (cell + gap) + 4)
-        pen.text(place, textwrap.fill(text, cell // 7), "black", font)
+    for y, text in enumerate(captions):
+        lines = textwrap.wrap(text, 26, max_lines=cell // 17, placeholder=" …")
+        pen.text((6, head + y * (cell + gap) + 4), "\n".join(lines), "black", font)
+    for x, (label, images) in enumerate(columns.items()):
+        pen.text((margin + x * (cell + gap), 4), label, "black", font)
+        for y, image in enumerate(images):
+            tile = to_picture(image).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + x * (cell + gap), head + y * (cell + gap)))
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------------------
+# ---- public files ------------------------------------------------------------------------------------------------------
+
+HUB = "https://huggingface.co"
+# What a run on a public policy needs: option → names it goes by, and where it is published.
+PUBLIC = {
+    "ckpt": (("t2i_XL_stage1_256.pt",), f"{HUB}/peizesun/llamagen_t2i"),
+    "vq": (("vq_ds16_t2i.pt", "vq_ema.pt"), f"{HUB}/peizesun/llamagen_t2i"),  # the second: what a run of ours leaves
+    "t5": (("flan-t5-xl",), f"{HUB}/google/flan-t5-xl"),
+    "clip": (("open_clip_model.safetensors",), f"{HUB}/timm/vit_large_patch14_clip_224.openai"),
+    "hpsv2": (("HPS_v2.1_compressed.pt",), f"{HUB}/xswu/HPSv2"),
+    "vgg": (("vgg16-397923af.pth",), "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "lpips": (("vgg.pth",), "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"),
+    "data": (("images with captions",), "your disk; --help and the README say in which layouts"),
+}
+REWARDS = {"clip": (True, 64), "hpsv2": (False, 80)}  # what the shapes do not say: QuickGELU, width of a vision head
 
 
-class Evaluation:
-    """The same captions, noise and real scenes for every model of a run, so that rows differ by their models alone."""
+def find_files(s, needed):
+    """`s` with the path of every file `needed`: as named, beside the policy, or where torchvision keeps its downloads.
 
-    def __init__(self, scenes, policy, vq, s, autocast):
-        generator = torch.Generator().manual_seed(10**6 + s.seed)
-        self.s, self.scenes, self.autocast = s, scenes, autocast
-        self.attributes, self.captions, self.real = scenes.pairs(s.samples, generator, s.image_size)
-        c = policy.config
-        self.features, self.text_mask = scenes.text_features(self.captions, c.prefix, c.caption_dim)
-        self.noise = torch.rand(s.samples, 1, c.grid**2, generator=generator).to(scenes.device)
-        real_codes = torch.cat([vq.encode(rows) for rows in self.real.split(s.micro_batch)])
-        self.real_histogram = token_histogram(real_codes, c.codes)
-
-    @torch.no_grad()
-    def __call__(self, policy, vq, arm, step):
-        """A row of results.json, the pictures (n, 3, H, W) it was measured on and their codes (n, N)."""
-        s, codes, images = self.s, [], []
-        for rows in torch.arange(s.samples).split(s.micro_batch):
-            given = self.features[rows], self.text_mask[rows], self.noise[rows]
-            with self.autocast:
-                codes.append(sample(policy, *given, s.guidance, s.temperature, s.top_k)[0][:, 0])
-                images.append(vq.decode(codes[-1]))
-        codes, images = torch.cat(codes), torch.cat(images)
-        histogram = token_histogram(codes, len(self.real_histogram))
-        row = {"arm": arm, "seed": s.seed, "round": step, **self.scenes.measure(images, self.attributes, self.captions)}
-        row |= {"token_kl": token_kl(histogram, self.real_histogram), "token_entropy": token_entropy(histogram)}
-        return row, images, codes
+    Raises BadInput that lists all that is missing at once.
+    """
+    folders, found, missing = [Path(s.ckpt).parent, Path(torch.hub.get_dir()) / "checkpoints"], {}, []
+    for option in needed:
+        names, source = PUBLIC[s.reward if option == "reward_weights" else option]
+        named = getattr(s, option)
+        paths = [Path(named)] if named else [folder / name for folder in folders for name in names]
+        found[option] = str(next((path for path in paths if path.exists()), ""))
+        if not found[option]:
+            wrong = named and f"{named}: no such file; "
+            missing.append(f"--{option.replace('_', '-'):16} {wrong}{names[0]} from {source}")
+    if "t5" in needed and not importlib.util.find_spec("transformers"):
+        missing.append("pip install transformers, which runs T5; or --t5-features, made elsewhere")
+    if missing:
+        raise BadInput(("\n  " if missing[1:] else " ").join(["this run still needs", *missing]))
+    return dataclasses.replace(s, **found)
 
 
-MEASURES = ("clip", "frechet", "accuracy", "token_kl", "token_entropy")
+# ---- data --------------------------------------------------------------------------------------------------------------
 
 
-def print_table(rows):
-    print("\n" + " " * 14 + "".join(f"{name:>15}" for name in MEASURES))
-    for row in rows:
-        print(f"{row['arm']:14}" + "".join(f"{row[name]:15.3f}" for name in MEASURES))
+# A pair is (name, image, caption): the name of its text features; the image's path or, in a tar, (path, offset, size), read
+# where it lies and never unpacked.
+
+
+def read_place(place):
+    """The bytes of a file or of a member of a tar."""
+    path, offset, size = place if isinstance(place, tuple) else (place, 0, -1)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def same_name_pairs(source):
+    """(name, image, caption's bytes) of a folder's or a tar's images, with .txt files of the same names."""
+    if source.is_dir():
+        files = [(str(path.relative_to(source)), path) for path in sorted(source.rglob("*"))]
+    else:
+        with tarfile.open(source, "r:") as tar:  # reads headers and skips over what they head
+            files = [(f"{source.stem}/{member.name}", (source, member.offset_data, member.size)) for member in tar]
+    texts = {name.removesuffix(".txt"): place for name, place in files if name.endswith(".txt")}
+    for name, place in files:
+        name, suffix = os.path.splitext(name)
+        if suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            yield name, place, read_place(texts[name]) if name in texts else b""
+
+
+def coco_pairs(file):
+    """The same of a COCO captions file with its images beside it, or as COCO lays them out: annotations/captions_X.json and X/."""
+    content = json.loads(file.read_text("utf-8"))
+    images = {image["id"]: image["file_name"] for image in content["images"]}
+    folder = file.parent.parent / file.stem.removeprefix("captions_")
+    for note in content["annotations"]:
+        name = images[note["image_id"]]
+        yield str(note["id"]), file.parent / name if (file.parent / name).exists() else folder / name, note["caption"].encode()
+
+
+def jsonl_pairs(file):
+    """The same of LlamaGen's own lists, whose extraction tool names a line's features LIST/LINE.npy."""
+    for number, line in enumerate(file.read_text("utf-8").splitlines()):
+        entry = json.loads(line)
+        text = entry["text"] if isinstance(entry["text"], str) else entry["text"][0]
+        yield f"{file.stem}/{number}", file.parent / entry["image_path"], text.encode()
+
+
+def list_pairs(source):
+    """Every pair of a folder, a .json, a .jsonl, a .tar or a folder of .tar, and a line on each without a caption. Raises BadInput."""
+    source, pairs, skipped = Path(source), [], []
+    readers = {".json": coco_pairs, ".jsonl": jsonl_pairs, ".tar": same_name_pairs}
+    if source.is_file() and source.suffix not in readers:
+        raise BadInput(f"{source}: not a data source; expected a folder, .json, .jsonl or .tar")
+    for file in sorted(source.glob("*.tar")) or [source]:
+        try:
+            for name, image, text in readers.get(file.suffix, same_name_pairs)(file):
+                caption = text.decode("utf-8", "replace").strip()
+                if caption and "\ufffd" not in caption:
+                    pairs.append((name, image, caption))
+                else:
+                    skipped.append(f"{name}: no caption, or not in UTF-8")
+        except (AttributeError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
+            raise BadInput(f"{file}: damaged, or another layout ({type(error).__name__}: {first_line(error)})") from error
+    if not pairs:
+        raise BadInput(f"{source}: holds no image with a caption; --help says in which layouts they may lie")
+    return pairs, skipped
+
+
+class Pairs(Dataset):
+    """An endless stream of pairs, epoch after epoch, each in an order of its own; item `position` depends on nothing before it."""
+
+    def __init__(self, pairs, features, image_size, prefix, seed):
+        self.pairs, self.features, self.image_size, self.prefix, self.seed = pairs, features, image_size, prefix, seed
+
+    def read(self, name, image, caption):
+        """Caption, text features (n, C) and image (3, H, W) in [-1, 1], its middle square."""
+        features = torch.from_numpy(np.load(self.features / f"{name}.npy"))[0, : self.prefix]
+        with Image.open(io.BytesIO(read_place(image))) as picture:
+            picture = ImageOps.fit(picture.convert("RGB"), (self.image_size,) * 2, Image.Resampling.LANCZOS)
+        return caption, features, torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+    def __getitem__(self, position):
+        """What `read` gives, and a line on each pair skipped before it: an unreadable one leaves its place to the next."""
+        epoch, place = divmod(position, len(self.pairs))
+        generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)
+        skipped = []
+        for i in torch.randperm(len(self.pairs), generator=generator).roll(-place).tolist():
+            try:
+                return self.read(*self.pairs[i]), skipped
+            except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                skipped.append(f"{self.pairs[i][0]}: {first_line(error)}")
+        return None, skipped
+
+
+def complete_features(s, pairs, config, device, autocast):
+    """Computes the text features that the folder --t5-features lacks, in LlamaGen's layout: NAME.npy, (1, n, C) float32.
+
+    captions.json beside them says what they are of. Raises BadInput where that, or their width, is not what is asked for.
+    Returns the folder.
+    """
+    folder = Path(s.t5_features)
+    notes = folder / "captions.json"
+    known = json.loads(notes.read_text("utf-8")) if notes.exists() else {}
+    for name, _, caption in pairs:
+        if known.get(name, caption) != caption:
+            raise BadInput(f"{folder}: the features of {name} are of another caption; name another folder with --t5-features")
+    lacking = {name: caption for name, _, caption in pairs if not (folder / f"{name}.npy").exists()}
+    if lacking:
+        t5 = find_files(s, ["t5"]).t5
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(notes, lambda path: path.write_text(json.dumps(known | lacking), "utf-8"))
+        computed = t5_features(t5, list(lacking.values()), config.prefix, device, autocast)
+        for name, features in zip(lacking, tqdm(computed, "text features", len(lacking), file=sys.stderr)):
+            path = folder / f"{name}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: np.save(temporary, features[None].numpy()))
+    width = np.load(folder / f"{pairs[0][0]}.npy", mmap_mode="r").shape[-1]
+    if width != config.caption_dim:
+        raise BadInput(f"{folder}: text features {width} wide; the policy takes {config.caption_dim}: another encoder's")
+    return folder
+
+
+class PublicWorld:
+    """Images with captions from --data, with the public networks as judges: to the loop, what `world.Scenes` is."""
+
+    def __init__(self, s, config, device, autocast):
+        self.s, self.config, self.device = s, config, device
+        pairs, skipped = list_pairs(s.data)
+        features = complete_features(s, pairs, config, device, autocast)
+        scorer = build(s.reward_weights, f"the scorer {s.reward}", clip_from_entries, *REWARDS[s.reward])
+        self.scorer, self.perceptual = scorer.to(device), None
+        if s.arm != "policy":
+            self.perceptual = build(s.vgg, "VGG16", lpips_from_entries, read_entries(s.lpips)).to(device)
+        torch.manual_seed(s.seed)  # the discriminator starts from nothing
+        self.discriminator = PatchDiscriminator().to(device)
+        stream, size = Pairs(pairs, features, s.image_size, config.prefix, s.seed), max(s.captions, s.real_images)
+        self.skipped = set()
+        self.report(skipped)
+        self.captions, self.features, self.text_mask, self.real = self.stack([stream[i] for i in range(8)])
+        noise = torch.rand(8, 1, config.grid**2, generator=torch.Generator().manual_seed(10**6 + s.seed))
+        self.noise = noise.to(device)
+        self.batches = iter(DataLoader(stream, size, False, range(s.rounds * size), num_workers=s.workers, collate_fn=list))
+
+    def report(self, skipped):
+        for line in sorted(set(skipped) - self.skipped):
+            self.skipped.add(line)
+            tqdm.write(f"skipped {line} ({len(self.skipped)} so far)", file=sys.stderr)
+
+    def stack(self, items):
+        for item, skipped in items:
+            self.report(skipped)
+            if item is None:
+                raise BadInput(f"{self.s.data}: none of its {len(self.skipped)} images can be read")
+        captions, features, images = zip(*(item for item, _ in items))
+        features, text_mask = left_pad(features, self.config.prefix)
+        return list(captions), features.to(self.device), text_mask.to(self.device), torch.stack(images).to(self.device)
+
+    def batch(self, generator):
+        return self.stack(next(self.batches))
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 NAMES = {"both": "RankE", "policy": "standard RL", "decoder": "decoder only"}
-
 
 # What a round's line shows of its log, and under which short name.
 SHOWN = {"reward": "reward", "reward_spread": "±", "kl": "KL", "clip_fraction": "clipped", "decoder_reward": "−wr"}
@@ -254,73 +432,126 @@ SHOWN |= {"rank_gan": "GAN", "reconstruction": "rec", "consistency": "cons", "di
 SHOWN |= {"policy_grad": "|∇π|", "decoder_grad": "|∇D|", "discriminator_grad": "|∇disc|", "seconds": "s"}
 
 
-def run(s):
-    """A whole run: load, evaluate the base, post-train, evaluate, write."""
-    out = Path(s.out)
-    if (out / "log.jsonl").exists():
-        raise BadInput(f"{out} holds a run already; name another folder with --out, or remove it")
+def print_table(rows):
+    print("\n" + "".join(f"{name:>15}" for name in rows[0]))
+    for row in rows:
+        print("".join(f"{value:15.3f}" if isinstance(value, float) else f"{value:>15}" for value in row.values()))
+
+
+def load_pair(s):
+    """Policy and tokenizer, on the CPU, with the device and the autocast of their passes. Raises BadInput where they do not fit."""
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-
-    # Load
-    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries).to(device)
+    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries)
     grid, rest = divmod(s.image_size, vq.config.factor)
     if rest:
         raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {vq.config.factor}")
     policy_file, sizes = s.ckpt or world.FOLDER / "policy.pt", (grid, s.head_size or None)
-    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes).to(device)
+    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes)
     if policy.config.codes != vq.config.codes:
         raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
-    if policy.config.prefix < world.WORDS:
-        raise BadInput(f"{policy_file}: takes captions of {policy.config.prefix} words; a scene's has {world.WORDS}")
-    scenes = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), device)
-    torch.manual_seed(s.seed)  # only a discriminator that starts from nothing needs it
-    discriminator = PatchDiscriminator().to(device) if s.ckpt else scenes.discriminator
-    p = Players(policy, vq, discriminator, scenes.scorer, scenes.perceptual, s, autocast)
+    return policy, vq, device, torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {path}: cannot be made a folder ({error.strerror}); name another") from error
+
+
+@torch.no_grad()
+def paint(policy, decoders, s, autocast, prompts):
+    """Codes (n, N) drawn as rollouts are, for features (n, T, C), text_mask (n, T) and noise (n, 1, N), then what each of the
+    `decoders` makes of them, images (n, 3, H, W)."""
+    with autocast:
+        codes = draw(policy, s, *prompts)[0][:, 0]
+        return codes, *(in_rows(vq.decode, codes, size=s.micro_batch) for vq in decoders)
+
+
+def run(s):
+    """A whole run: load, draw from the base, post-train, draw, write."""
+    out = Path(s.out)
+    if (out / "log.jsonl").exists():
+        raise BadInput(f"{out} holds a run already; name another folder with --out, or remove it")
+
+    # Load
+    if s.ckpt:
+        text = [] if Path(s.t5_features or "?").exists() else ["t5"]
+        judges = ["reward_weights"] if s.arm == "policy" else ["reward_weights", "vgg", "lpips"]
+        s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", *text, *judges, "data"])
+    policy, vq, device, autocast = load_pair(s)
+    if s.data == "scenes" and policy.config.prefix <= len(world.ATTRIBUTES):
+        raise BadInput(f"{s.ckpt}: takes captions of {policy.config.prefix} words; a scene's has more")
+    if s.data == "scenes":
+        w = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), s, policy.config, vq.to(device), device)
+    else:
+        w = PublicWorld(s, policy.config, device, autocast)
+    policy, vq = policy.to(device), vq.to(device)
+    p = Players(policy, vq, w.discriminator, w.scorer, w.perceptual, s, autocast)
 
     # The base
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made a folder ({error.strerror}); name another") from error
+    make_folder(out)
     write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1)))
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
-    evaluation = Evaluation(scenes, policy, vq, s, autocast)
-    base, base_images, _ = evaluation(policy, vq, "base", 0)
+    prompts = w.features, w.text_mask, w.noise
+    codes, before = paint(policy, [base_vq], s, autocast, prompts)
+    rows = [{"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)}] if s.data == "scenes" else []
 
     # Post-train
-    text_shape = (policy.config.prefix, policy.config.caption_dim)
     with open(out / "log.jsonl", "w") as log_file, tqdm(total=s.rounds, unit="round", file=sys.stderr) as bar:
         for step in range(s.rounds):
             start = time.perf_counter()
             generator = torch.Generator().manual_seed(s.seed * 10**7 + step)
-            _, captions, images = scenes.pairs(max(s.captions, s.real_images), generator, s.image_size)
-            features, text_mask = scenes.text_features(captions[: s.captions], *text_shape)
-            noise = torch.rand(s.captions, s.rollouts, grid**2, generator=generator).to(device)
+            captions, features, text_mask, images = w.batch(generator)
+            captions, features, text_mask = captions[: s.captions], features[: s.captions], text_mask[: s.captions]
             images = images[: s.real_images or s.captions]
-            log, _ = one_round(p, s, step, captions[: s.captions], features, text_mask, images, noise)
+            noise = torch.rand(s.captions, s.rollouts, policy.config.grid**2, generator=generator).to(device)
+            log, _ = one_round(p, s, step, captions, features, text_mask, images, noise)
             log = {"round": step + 1, **log, "seconds": time.perf_counter() - start}
-            log_file.write(json.dumps(log) + "\n")
-            log_file.flush()
+            print(json.dumps(log), file=log_file, flush=True)
             line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
             bar.write(f"round {step + 1:4d}/{s.rounds}  {line}")
             bar.update()
             if (step + 1) % s.save_every == 0 or step + 1 == s.rounds:
                 save_players(out, p)
+                _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
+                columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
+                save_grid(out / f"pictures-{step + 1:06d}.png", columns, w.captions[:8])
 
     # What came of it
-    name = NAMES[s.arm]
-    row, images, codes = evaluation(policy, p.vq_ema, name, s.rounds)
-    write_whole(out / "results.json", lambda path: path.write_text(json.dumps([base, row], indent=1)))
-    shown, zoom = slice(0, 10), max(1, 96 // s.image_size)
-    pictures = {"real": evaluation.real[shown], "base": base_images[shown], name: images[shown]}
-    save_grid(out / "samples.png", pictures, evaluation.captions[shown], zoom)
-    with torch.no_grad():
-        swapped = {f"{name}'s codes,\nbase decoder": base_vq.decode(codes[shown]), f"{name}'s codes,\nits decoder": images[shown]}
-    save_grid(out / "decoders.png", swapped, evaluation.captions[shown], zoom)
-    print_table([base, row])
-    print(f"\nPictures, log, results and checkpoints are in {out}")
+    if s.data == "scenes":
+        measured = w.measure(*paint(policy, [p.vq_ema], s, autocast, prompts))
+        rows.append({"arm": NAMES[s.arm], "seed": s.seed, "round": s.rounds, **measured})
+        write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
+        print_table(rows)
+    if device == "cuda":
+        print(f"\nPeak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
+    print(f"\nPictures, log and checkpoints are in {out}")
+
+
+def write_samples(s):
+    """A picture of each caption in --sample, in --out."""
+    s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", "t5"]) if s.ckpt else s
+    policy, vq, device, autocast = load_pair(s)
+    c = policy.config
+    if s.data == "scenes":
+        fits = lambda words: 0 < len(words) <= c.prefix and set(words) <= set(world.VOCABULARY)
+        if strange := [text for text in s.sample if not fits(text.split())]:
+            known = ", ".join(world.VOCABULARY[1:-1])
+            raise BadInput(f"--sample {strange[0]!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
+        features = world.word_features(s.sample, c.caption_dim)
+    else:
+        features = list(t5_features(s.t5, s.sample, c.prefix, device, autocast))
+    features, text_mask = left_pad(features, c.prefix)
+    noise = torch.rand(len(s.sample), 1, c.grid**2, generator=torch.Generator().manual_seed(s.seed))
+    prompts = [tensor.to(device) for tensor in (features, text_mask, noise)]
+    _, images = paint(policy.to(device), [vq.to(device)], s, autocast, prompts)
+    make_folder(Path(s.out))
+    for number, (text, image) in enumerate(zip(s.sample, images)):
+        path = Path(s.out) / f"{number:03d} {re.sub('[^a-z0-9]+', ' ', text.lower())[:60].strip()}.png"
+        write_whole(path, lambda temporary: to_picture(image).save(temporary, "PNG"))
+        print(path)
 
 
 def main():
@@ -328,6 +559,8 @@ def main():
         settings = parse_settings(sys.argv[1:])
         if settings.pretrain:
             world.pretrain(world.FOLDER, settings.seed)
+        elif settings.sample:
+            write_samples(settings)
         else:
             run(settings)
     except BadInput as error:

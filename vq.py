@@ -98,6 +98,7 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(outside if i else inside, outside) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(outside) for _ in range(blocks if attend else 0))
+        self.resample = resample[0] if resample else None  # the name it has in files
         if resample:
             self.add_module(*resample)
 
@@ -106,10 +107,7 @@ class Level(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        for resample in ("downsample", "upsample"):
-            if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
+        return getattr(self, self.resample)(x) if self.resample else x
 
 
 def middle(channels):
@@ -155,7 +153,9 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = F.silu(self.norm_out(x)).float()
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 the last layer would paint in steps of half an 8-bit level
+            return self.conv_out(x)
 
 
 class Codebook(nn.Module):
@@ -197,7 +197,7 @@ class VQModel(nn.Module):
 
     def decode_latents(self, latents):
         """Unit latents (B, D, h, w) to images (B, 3, H, W), float32, about [-1, 1] (not clamped: that would cut gradients)."""
-        return self.decoder(self.post_quant_conv(latents)).float()
+        return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, codes):
         """Codes (B, N) of a square image to images (B, 3, H, W)."""
@@ -218,14 +218,10 @@ def vq_from_entries(entries):
     channels = entries["encoder.conv_in.weight"].shape[0]
     levels = 1 + max((int(name.split(".")[2]) for name in entries if name.startswith("encoder.conv_blocks.")), default=-1)
     firsts = [entries[f"encoder.conv_blocks.{i}.res.0.conv1.weight"] for i in range(levels)]
-    codes, code_size = entries["quantize.embedding.weight"].shape
+    multipliers = tuple(first.shape[0] // channels for first in firsts)
+    blocks = sum(name.startswith("encoder.conv_blocks.0.res.") and name.endswith("conv1.weight") for name in entries)
     config = VQConfig(
-        channels=channels,
-        multipliers=tuple(first.shape[0] // channels for first in firsts),
-        blocks=sum(name.startswith("encoder.conv_blocks.0.res.") and name.endswith("conv1.weight") for name in entries),
-        latent=entries["encoder.conv_out.weight"].shape[0],
-        codes=codes,
-        code_size=code_size,
+        channels, multipliers, blocks, len(entries["encoder.conv_out.weight"]), *entries["quantize.embedding.weight"].shape
     )
     with torch.device("meta"):
         vq = VQModel(config)
@@ -263,14 +259,15 @@ class VGGFeatures(nn.Module):
         super().__init__()
         from torchvision.models import vgg16
 
-        self.features = vgg16(weights=None).features
+        with torch.device("meta"):  # the classifier's 500 MB never exist
+            self.features = vgg16(weights=None).features[:30]
         # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         x, maps = (images - self.shift) / self.scale, []
-        for i, layer in enumerate(self.features[:30]):
+        for i, layer in enumerate(self.features):
             x = layer(x)
             if i in (3, 8, 15, 22, 29):  # the last ReLU before each pooling
                 maps.append(x)
@@ -300,5 +297,5 @@ class LPIPS(nn.Module):
 def lpips_from_entries(vgg, linear):
     """LPIPS from torchvision's VGG16 entries and the five linear layers (`vgg.pth` of the lpips package). Raises like `vq_from_entries`."""
     trunk = VGGFeatures()
-    trunk.load_state_dict({name: value for name, value in vgg.items() if name.startswith("features.")}, strict=True)
-    return LPIPS(trunk, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).requires_grad_(False)
+    trunk.load_state_dict({name: value for name, value in vgg.items() if name.startswith("features.")}, strict=True, assign=True)
+    return LPIPS(trunk, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).float().requires_grad_(False)

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
-from metrics import CLIPScore, feature_statistics, frechet_distance
+from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
 from policy import Policy, PolicyConfig, left_pad, token_log_probs
-from rankee import discriminator_loss, reconstruction_anchor
+from rankee import discriminator_loss, in_rows, reconstruction_anchor
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQModel
 
 FOLDER = Path(__file__).parent
@@ -45,7 +45,6 @@ ATTRIBUTES = {
     "horizontal": ["left", "center", "right"],
     "background": ["black", "white", "grey", "navy", "olive"],
 }
-WORDS = 8  # of a caption
 COUNTS = torch.tensor([len(words) for words in ATTRIBUTES.values()])
 VOCABULARY = ["<start>", *sorted({"on", *(word for words in ATTRIBUTES.values() for word in words)}), "<end>"]
 
@@ -97,13 +96,13 @@ def signed_distances(p, r):
     return torch.stack([length - r, box(0.85 * r, 0.85 * r), triangle, ring, cross], 1)
 
 
-def draw(attributes, generator, resolution=RESOLUTION):
-    """Scenes (n, 7) to pictures (n, 3, resolution, resolution) in [-1, 1], with fresh nuisance from `generator`."""
+def draw(attributes, generator):
+    """Scenes (n, 7) to pictures (n, 3, 32, 32) in [-1, 1], with fresh nuisance from `generator`."""
     n, row = len(attributes), torch.arange(len(attributes))
     size, colour, texture, shape, vertical, horizontal, background = attributes.unbind(1)
     palette = lambda name, index: torch.tensor([RGB[word] for word in ATTRIBUTES[name]])[index]
     uniform = lambda *shape: torch.rand(n, *shape, generator=generator) * 2 - 1
-    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    axis = (torch.arange(RESOLUTION) + 0.5) / RESOLUTION * 2 - 1
 
     # The object's own coordinates: moved, jittered, rotated.
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -114,7 +113,7 @@ def draw(attributes, generator, resolution=RESOLUTION):
     q = torch.einsum("nij,njhw->nihw", turn, p)
     radius = torch.tensor([0.32, 0.50])[size] * (1 + 0.06 * uniform())
     outline = signed_distances(q, radius[:, None, None])[row, shape]  # (n, H, W)
-    coverage = (0.5 - outline * resolution / 2).clamp(0, 1)  # anti-aliased over one pixel
+    coverage = (0.5 - outline * RESOLUTION / 2).clamp(0, 1)  # anti-aliased over one pixel
 
     # Paint: a texture of two inks, lit from one side.
     across, along = torch.sin(q * (2 * torch.pi / 0.42) + torch.pi * uniform(2, 1, 1)).unbind(1)
@@ -123,15 +122,14 @@ def draw(attributes, generator, resolution=RESOLUTION):
     light = 1 + 0.4 * torch.einsum("ni,nihw->nhw", F.normalize(uniform(2), dim=1), p).clamp(-0.5, 0.5)
     paint = (palette("colour", colour) + 0.04 * uniform(3))[:, :, None, None] * (ink * light)[:, None]
 
-    # Ground: a weave of 3 of 32 pixels, low-frequency blotches.
-    cell = torch.arange(resolution) * RESOLUTION // resolution // 3
+    # Ground: a weave of 3 pixels, low-frequency blotches.
+    cell = torch.arange(RESOLUTION) // 3
     weave = 0.05 * ((cell[:, None] + cell) % 2 * 2 - 1)
-    blotches = 0.05 * F.interpolate(uniform(1, 4, 4), resolution, mode="bilinear")
+    blotches = 0.05 * F.interpolate(uniform(1, 4, 4), RESOLUTION, mode="bilinear")
     ground = (palette("background", background) + 0.02 * uniform(3))[:, :, None, None] + weave + blotches
 
-    image = torch.lerp(ground, paint, coverage[:, None])
-    image = image + 0.0125 * torch.randn(image.shape, generator=generator)  # grain
-    return image.clamp(0, 1) * 2 - 1
+    grain = 0.0125 * torch.randn(ground.shape, generator=generator)
+    return (torch.lerp(ground, paint, coverage[:, None]) + grain).clamp(0, 1) * 2 - 1
 
 
 # ---- the world's networks ----------------------------------------------------------------------------------------------
@@ -142,24 +140,20 @@ class AttributeNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = [(3, 24, 1), (24, 48, 2), (48, 48, 1), (48, 64, 2), (64, 32, 2)]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU()) for a, b, stride in sizes
-        )
+        block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
+        self.layers = nn.ModuleList([block(3, 24, 1), block(24, 48, 2), block(48, 48, 1), block(48, 64, 2), block(64, 32, 2)])
         self.neck = nn.Linear(32 * 16, 64)
         self.heads = nn.Linear(64, int(COUNTS.sum()))
 
     def maps(self, images):
         """Images (B, 3, H, W) to the five feature maps."""
-        maps = []
+        maps = [images]
         for layer in self.layers:
-            images = layer(images)
-            maps.append(images)
-        return maps
+            maps.append(layer(maps[-1]))
+        return maps[1:]
 
     def features(self, images):
-        """Images of any size to (B, 64), as they look at 32×32."""
-        images = F.interpolate(images, RESOLUTION, mode="bilinear", antialias=True)
+        """Images (B, 3, 32, 32) to (B, 64)."""
         return F.silu(self.neck(self.maps(images)[-1].flatten(1)))
 
     def logits(self, features):
@@ -194,41 +188,52 @@ def small_discriminator():
 
 
 class Scenes:
-    """The world as a run sees it: pairs, text features, reward, perceptual distance, and its own measures."""
+    """The world as a run sees it: judges, batches without end, and the `s.samples` captions, real images and noise that
+    every model of a run is drawn and measured on, so that rows of a table differ by their models alone."""
 
-    def __init__(self, judges, device="cpu"):
-        """`judges`: the file scenes/judges.pt, name → state dict."""
+    def __init__(self, judges, s, config, vq, device):
+        """`judges`: the file scenes/judges.pt, name → state dict; `s`: the run's settings; `config`: the policy's."""
 
         def load(module, name):
-            module.load_state_dict({key: value.float() for key, value in judges[name].items()})
+            module.load_state_dict(judges[name])
             return module.to(device).eval()
 
-        self.device = device
+        self.s, self.config, self.device = s, config, device
         self.scorer = CLIPScore(load(small_clip(), "reward"), tokenize, [0.5] * 3, [0.5] * 3).to(device)
         self.perceptual = perceptual_distance(load(AttributeNet(), "perceptual")).to(device)
         self.feature_net = load(AttributeNet(), "features").requires_grad_(False)
         self.discriminator = load(small_discriminator(), "discriminator")
+        generator = torch.Generator().manual_seed(10**6 + s.seed)
+        self.attributes = random_attributes(s.samples, generator)
+        self.captions, self.features, self.text_mask, self.real = self.show(self.attributes, generator)
+        self.noise = torch.rand(s.samples, 1, config.grid**2, generator=generator).to(device)
+        self.real_histogram = token_histogram(in_rows(vq.encode, self.real, size=s.micro_batch), config.codes)
 
-    def pairs(self, n, generator, resolution):
-        """n scenes: attributes (n, 7), captions and pictures (n, 3, resolution, resolution)."""
-        attributes = random_attributes(n, generator)
-        return attributes, [caption(row) for row in attributes], draw(attributes, generator, resolution).to(self.device)
+    def show(self, attributes, generator):
+        """Scenes (n, 7) as captions, left-padded text features (n, T, C), their mask (n, T) and pictures (n, 3, 32, 32)."""
+        captions = [caption(row) for row in attributes]
+        features, text_mask = left_pad(word_features(captions, self.config.caption_dim), self.config.prefix)
+        return captions, *(tensor.to(self.device) for tensor in (features, text_mask, draw(attributes, generator)))
 
-    def text_features(self, captions, prefix, width):
-        """Left-padded features (B, T, C) and their mask (B, T), T = `prefix`, C = `width`."""
-        return tuple(tensor.to(self.device) for tensor in left_pad(word_features(captions, width), prefix))
+    def batch(self, generator):
+        """The same of new scenes, enough for a round."""
+        return self.show(random_attributes(max(self.s.captions, self.s.real_images), generator), generator)
 
     @torch.no_grad()
-    def measure(self, images, attributes, captions):
-        """CLIP ×100, Fréchet distance to as many real scenes, and attribute accuracy, of images (n, 3, H, W) made for `captions`."""
+    def measure(self, codes, images):
+        """CLIP ×100, Fréchet distance to as many real scenes, attribute accuracy and token statistics of codes (n, N) and
+        images (n, 3, 32, 32) drawn for `captions`."""
         generator = torch.Generator().manual_seed(2**31)  # the real side is the same for every arm and seed
-        real = self.feature_net.features(self.pairs(len(images), generator, images.shape[-1])[2])
+        real = self.feature_net.features(self.show(random_attributes(len(images), generator), generator)[3])
         features = self.feature_net.features(images.clamp(-1, 1))
         guesses = torch.stack([logits.argmax(1) for logits in self.feature_net.logits(features)], 1)  # (n, 7)
+        histogram = token_histogram(codes, self.config.codes)
         return {
-            "clip": self.scorer(images, self.scorer.embed_text(captions)).mean().item(),
+            "clip": self.scorer(images, self.scorer.embed_text(self.captions)).mean().item(),
             "frechet": frechet_distance(*feature_statistics(features.cpu()), *feature_statistics(real.cpu())),
-            "accuracy": (guesses.cpu() == attributes).float().mean().item(),
+            "accuracy": (guesses.cpu() == self.attributes).float().mean().item(),
+            "token_kl": token_kl(histogram, self.real_histogram),
+            "token_entropy": token_entropy(histogram),
         }
 
 
@@ -241,8 +246,8 @@ def perceptual_distance(net):
 # ---- pre-training ------------------------------------------------------------------------------------------------------
 
 
-def minimize(name, parameters, steps, lr, loss_at, log_every=100):
-    """AdamW with warm-up and a half cosine to 0 on `loss_at(step)`; prints a line every `log_every` steps."""
+def minimize(name, parameters, steps, lr, loss_at):
+    """AdamW with warm-up and a half cosine to 0 on `loss_at(step)`; prints a line every 100 steps."""
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
     for step in range(steps):
@@ -252,7 +257,7 @@ def minimize(name, parameters, steps, lr, loss_at, log_every=100):
         nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
-        if (step + 1) % log_every == 0:
+        if (step + 1) % 100 == 0:
             print(f"{name:>14} {step + 1:5d}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
@@ -332,10 +337,10 @@ def sharpen_decoder(vq, perceptual, steps, seed):
         images = draw(random_attributes(32, generator), generator)
         decoded = vq.decode(vq.encode(images))
         judge.zero_grad()
-        discriminator_loss(discriminator(images), discriminator(decoded.detach())).backward()
+        (discriminator_loss(discriminator(images), True) + discriminator_loss(discriminator(decoded.detach()), False)).backward()
         judge.step()
-        gan_weight = 0.5 if step >= 50 else 0.0  # the discriminator learns first
-        return reconstruction_anchor(images, decoded, perceptual, discriminator, gan_weight, vq.decoder.conv_out.weight)
+        weight = 0.5 * (step >= 50)  # the discriminator learns first
+        return reconstruction_anchor(images, decoded, perceptual, discriminator, weight, vq.decoder.conv_out.weight)
 
     minimize("decoder", vq.moving_parameters(), steps, 1e-3, loss_at)
     return vq, discriminator
@@ -346,8 +351,7 @@ def train_policy(vq, steps, seed):
     that follows its captions loosely, as public ones do, has something to learn from a reward."""
     generator = torch.Generator().manual_seed(seed)
     config = PolicyConfig(head_size=HEAD_SIZE, codes=vq.config.codes)
-    policy = Policy(config).initialize(generator)
-    attributes = random_attributes(16384, generator)
+    policy, attributes = Policy(config).initialize(generator), random_attributes(16384, generator)
     codes = torch.cat([vq.encode(draw(rows, generator)) for rows in attributes.split(256)])
 
     def loss_at(step):
@@ -377,7 +381,5 @@ def pretrain(folder, seed):
         vq, discriminator = sharpened.result()
 
     judges = {"reward": reward.result(), "perceptual": net, "features": features.result(), "discriminator": discriminator}
-    folder.mkdir(parents=True, exist_ok=True)
     for file, modules in {"policy.pt": {"model": policy}, "vq.pt": {"model": vq}, "judges.pt": judges}.items():
-        entries = {name: module.half().state_dict() for name, module in modules.items()}
-        torch.save(entries, folder / file)
+        torch.save({name: module.half().state_dict() for name, module in modules.items()}, folder / file)
