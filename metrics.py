@@ -9,6 +9,7 @@ Pixels are in [-1, 1] for CLIP, which is differentiated, and uint8 for Inception
 """
 
 import re
+from collections import OrderedDict
 
 import numpy as np
 import open_clip
@@ -26,15 +27,10 @@ from torch import nn
 BRANCHES = ["1x1", "5x5", "3x3", "7x7", "3x3dbl", "7x7dbl", "7x7x3", "_pool"]  # as they are concatenated
 
 
-class ConvNorm(nn.Module):
-    def __init__(self, shape, stride=1, padding=(0, 0)):
-        super().__init__()
-        outside, inside, *kernel = shape
-        self.conv = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outside, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+def conv_norm(shape, stride=1, padding=0):
+    outside, inside, *kernel = shape
+    conv = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outside, eps=1e-3), relu=nn.ReLU()))
 
 
 class Mixed(nn.Module):
@@ -52,8 +48,8 @@ class Mixed(nn.Module):
             for place, convs in places.items():
                 last = self.halves and place == max(places)
                 for conv in convs:
-                    padding = (0, 0) if last else [size // 2 for size in shapes[conv][2:]]
-                    self.add_module(conv, ConvNorm(shapes[conv], 2 if last else 1, padding))
+                    padding = 0 if last else [size // 2 for size in shapes[conv][2:]]
+                    self.add_module(conv, conv_norm(shapes[conv], 2 if last else 1, padding))
 
     def forward(self, x):
         if self.average:
@@ -75,11 +71,11 @@ class Inception(nn.Module):
     def __init__(self, shapes):
         """`shapes`: name of a convolution → shape of its weight. Raises KeyError for one that is missing."""
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(shapes["Conv2d_1a_3x3"], stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(shapes["Conv2d_2a_3x3"])
-        self.Conv2d_2b_3x3 = ConvNorm(shapes["Conv2d_2b_3x3"], padding=1)
-        self.Conv2d_3b_1x1 = ConvNorm(shapes["Conv2d_3b_1x1"])
-        self.Conv2d_4a_3x3 = ConvNorm(shapes["Conv2d_4a_3x3"])
+        self.Conv2d_1a_3x3 = conv_norm(shapes["Conv2d_1a_3x3"], stride=2)
+        self.Conv2d_2a_3x3 = conv_norm(shapes["Conv2d_2a_3x3"])
+        self.Conv2d_2b_3x3 = conv_norm(shapes["Conv2d_2b_3x3"], padding=1)
+        self.Conv2d_3b_1x1 = conv_norm(shapes["Conv2d_3b_1x1"])
+        self.Conv2d_4a_3x3 = conv_norm(shapes["Conv2d_4a_3x3"])
         self.blocks = sorted({name.split(".")[0] for name in shapes if name.startswith("Mixed")})
         for block in self.blocks:
             own = {name.split(".")[1]: shape for name, shape in shapes.items() if name.startswith(block)}

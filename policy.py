@@ -19,6 +19,7 @@ Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N ima
 
 import html
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from urllib.parse import unquote_plus
 
@@ -40,6 +41,7 @@ class PolicyConfig:
     prefix: int = 8  # T
     caption_dim: int = 64  # C
     grid: int = 8
+    norm_eps: float = 1e-5
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
@@ -51,18 +53,6 @@ def run(function, *inputs, recompute):
     An argument decides it, and not train() or eval(), which would have to be right at every call.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        # In float32 whatever autocast says: the mean of squares of a bf16 row loses the small channels.
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
 def rotary_table(config, base=10000.0):
@@ -119,24 +109,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, table, mask, cache, start):
         x = x + self.attention(self.attention_norm(x), table, mask, cache, start)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-class CaptionProjection(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
-        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
-
-    def forward(self, features):
-        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
 class CaptionEmbedding(nn.Module):
@@ -145,7 +125,8 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.uncond_embedding = nn.Parameter(torch.randn(config.prefix, config.caption_dim) / config.caption_dim**0.5)
-        self.cap_proj = CaptionProjection(config)
+        inside, outside = (nn.Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
+        self.cap_proj = nn.Sequential(OrderedDict(fc1=inside, gelu=nn.GELU("tanh"), fc2=outside))
 
     def forward(self, features, guided):
         """(B, T, C) to (B, T, dim); with `guided` (2B, T, dim), the unconditional half last."""
@@ -163,7 +144,7 @@ class Policy(nn.Module):
         self.cls_embedding = CaptionEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.codes, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.codes, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
 

@@ -13,6 +13,7 @@ pictures beside it nor on train() and eval(), and several processes need not sha
 Axes: B images, N = h·w codes, D code size. Pixels are in [-1, 1].
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -73,22 +74,13 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as in VQ-GAN
+def downsample(channels):
+    """Half the resolution; padded right and below only, as in VQ-GAN."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels):
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -121,7 +113,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.blocks, i == last, ("downsample", Downsample(width)) if i < last else None)
+            Level(before, width, config.blocks, i == last, ("downsample", downsample(width)) if i < last else None)
             for i, (before, width) in enumerate(zip([config.channels, *widths], widths))
         )
         self.mid = middle(widths[-1])
@@ -143,7 +135,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
         self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.blocks + 1, i == 0, ("upsample", Upsample(width)) if i < last else None)
+            Level(before, width, config.blocks + 1, i == 0, ("upsample", upsample(width)) if i < last else None)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
         )
         self.norm_out = group_norm(widths[-1])
