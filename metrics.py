@@ -65,39 +65,27 @@ class Mixed(nn.Module):
         return torch.cat([*outputs, pooled] if self.halves else outputs, 1)
 
 
-class Inception(nn.Module):
-    """Prepared pictures (B, 3, 299, 299), about [-1, 1], to pooled features (B, 2048). Entry names are the public file's."""
-
-    def __init__(self, shapes):
-        """`shapes`: name of a convolution → shape of its weight. Raises KeyError for one that is missing."""
-        super().__init__()
-        self.Conv2d_1a_3x3 = conv_norm(shapes["Conv2d_1a_3x3"], stride=2)
-        self.Conv2d_2a_3x3 = conv_norm(shapes["Conv2d_2a_3x3"])
-        self.Conv2d_2b_3x3 = conv_norm(shapes["Conv2d_2b_3x3"], padding=1)
-        self.Conv2d_3b_1x1 = conv_norm(shapes["Conv2d_3b_1x1"])
-        self.Conv2d_4a_3x3 = conv_norm(shapes["Conv2d_4a_3x3"])
-        self.blocks = sorted({name.split(".")[0] for name in shapes if name.startswith("Mixed")})
-        for block in self.blocks:
-            own = {name.split(".")[1]: shape for name, shape in shapes.items() if name.startswith(block)}
-            self.add_module(block, Mixed(block, own))
-
-    def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = F.max_pool2d(x, 3, 2)
-        for block in self.blocks:
-            x = getattr(self, block)(x)
-        return x.mean((2, 3))
-
-
 def inception_from_entries(entries):
-    """The network of `pt_inception-2015-12-05-6726825d.pth`, without its classifier.
+    """Prepared pictures (B, 3, 299, 299), about [-1, 1], to pooled features (B, 2048): the network of
+    `pt_inception-2015-12-05-6726825d.pth`, without its classifier.
 
     Raises KeyError or RuntimeError (PyTorch's, naming each) for entries that are missing or not its own.
     """
     entries = {name: value for name, value in entries.items() if not name.startswith("fc.")}
     suffix = ".conv.weight"
-    network = Inception({name.removesuffix(suffix): value.shape for name, value in entries.items() if name.endswith(suffix)})
+    shapes = {name.removesuffix(suffix): value.shape for name, value in entries.items() if name.endswith(suffix)}
+    layers = OrderedDict(
+        Conv2d_1a_3x3=conv_norm(shapes["Conv2d_1a_3x3"], stride=2),
+        Conv2d_2a_3x3=conv_norm(shapes["Conv2d_2a_3x3"]),
+        Conv2d_2b_3x3=conv_norm(shapes["Conv2d_2b_3x3"], padding=1),
+        pool_1=nn.MaxPool2d(3, 2),
+        Conv2d_3b_1x1=conv_norm(shapes["Conv2d_3b_1x1"]),
+        Conv2d_4a_3x3=conv_norm(shapes["Conv2d_4a_3x3"]),
+        pool_2=nn.MaxPool2d(3, 2),
+    )
+    for block in sorted({name.split(".")[0] for name in shapes if name.startswith("Mixed")}):
+        layers[block] = Mixed(block, {name.split(".")[1]: shape for name, shape in shapes.items() if name.startswith(block)})
+    network = nn.Sequential(OrderedDict(layers, pool_3=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
     network.load_state_dict(entries, strict=True)
     return network.eval().requires_grad_(False)
 

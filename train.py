@@ -41,7 +41,7 @@ from metrics import clip_from_entries
 from policy import left_pad, policy_from_entries, t5_features
 from rankee import Method, Players, draw, in_rows, one_round
 from scenes import world
-from vq import PatchDiscriminator, lpips_from_entries, vq_from_entries
+from vq import lpips_from_entries, patch_discriminator, vq_from_entries
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
 
@@ -395,7 +395,7 @@ class PublicWorld:
         if s.arm != "policy":
             self.perceptual = build(s.vgg, "VGG16", lpips_from_entries, read_entries(s.lpips)).to(device)
         torch.manual_seed(s.seed)  # the discriminator starts from nothing
-        self.discriminator = PatchDiscriminator().to(device)
+        self.discriminator = patch_discriminator().to(device)
         stream, size = Pairs(pairs, features, s.image_size, config.prefix, s.seed), max(s.captions, s.real_images)
         self.skipped = set()
         self.report(skipped)

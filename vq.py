@@ -106,48 +106,40 @@ def middle(channels):
     return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.blocks, i == last, ("downsample", downsample(width)) if i < last else None)
-            for i, (before, width) in enumerate(zip([config.channels, *widths], widths))
-        )
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
+def encoder(c):
+    """Images (B, 3, H, W) to (B, latent, h, w). The names are the entries'; the two without weights are in no file."""
+    widths, last = [c.channels * m for m in c.multipliers], len(c.multipliers) - 1
+    levels = [
+        Level(before, width, c.blocks, i == last, ("downsample", downsample(width)) if i < last else None)
+        for i, (before, width) in enumerate(zip([c.channels, *widths], widths))
+    ]
+    layers = {"conv_in": nn.Conv2d(3, c.channels, 3, padding=1), "conv_blocks": nn.Sequential(*levels), "mid": middle(widths[-1])}
+    layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": nn.Conv2d(widths[-1], c.latent, 3, padding=1)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def decoder(c):
+    """D_φ, (B, latent, h, w) to images (B, 3, H, W)."""
+    widths, last = [c.channels * m for m in reversed(c.multipliers)], len(c.multipliers) - 1
+    levels = [
+        Level(before, width, c.blocks + 1, i == 0, ("upsample", upsample(width)) if i < last else None)
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
+    ]
+    layers = {
+        "conv_in": nn.Conv2d(c.latent, widths[0], 3, padding=1),
+        "mid": middle(widths[0]),
+        "conv_blocks": nn.Sequential(*levels),
+    }
+    layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": LastConv(widths[-1], 3, 3, padding=1)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+class LastConv(nn.Conv2d):
+    """A convolution in float32 whatever autocast says: in bf16 it would paint in steps of half an 8-bit level."""
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.channels * m for m in reversed(config.multipliers)]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
-        self.mid = middle(widths[0])
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.blocks + 1, i == 0, ("upsample", upsample(width)) if i < last else None)
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
-        )
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid(self.conv_in(x))
-        for level in self.conv_blocks:
-            x = level(x)
-        x = F.silu(self.norm_out(x)).float()
-        with torch.autocast(x.device.type, enabled=False):  # in bf16 the last layer would paint in steps of half an 8-bit level
-            return self.conv_out(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class Codebook(nn.Module):
@@ -172,11 +164,11 @@ class VQModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = encoder(config)
         self.quant_conv = nn.Conv2d(config.latent, config.code_size, 1)
         self.quantize = Codebook(config)
         self.post_quant_conv = nn.Conv2d(config.code_size, config.latent, 1)
-        self.decoder = Decoder(config)
+        self.decoder = decoder(config)
 
     def latents(self, images):
         """Images (B, 3, H, W) to latents (B, D, h, w) before quantization and normalization."""
@@ -225,23 +217,17 @@ def vq_from_entries(entries):
 # ---- the networks that judge a decoder ---------------------------------------------------------------------------------
 
 
-class PatchDiscriminator(nn.Module):
+def patch_discriminator(channels=64, halvings=3, kernel=4):
     """PatchGAN (Isola et al. 2017): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
 
     With kernel 4, `halvings` = 3 sees 70 pixels (VQ-GAN's size); with kernel 3, `halvings` = 1 sees 11.
     """
-
-    def __init__(self, channels=64, halvings=3, kernel=4):
-        super().__init__()
-        widths = [channels * min(2**i, 8) for i in range(halvings + 1)]
-        layers = [nn.Conv2d(3, channels, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (before, width) in enumerate(zip(widths, widths[1:])):
-            stride = 2 if i < halvings - 1 else 1
-            layers += [nn.Conv2d(before, width, kernel, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
-
-    def forward(self, images):
-        return self.layers(images)
+    widths = [channels * min(2**i, 8) for i in range(halvings + 1)]
+    layers = [nn.Conv2d(3, channels, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i, (before, width) in enumerate(zip(widths, widths[1:])):
+        stride = 2 if i < halvings - 1 else 1
+        layers += [nn.Conv2d(before, width, kernel, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
 
 
 class VGGFeatures(nn.Module):

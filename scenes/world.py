@@ -28,7 +28,7 @@ from torch import nn
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
 from policy import Policy, PolicyConfig, left_pad, token_log_probs
 from rankee import discriminator_loss, in_rows, reconstruction_anchor
-from vq import LPIPS, PatchDiscriminator, VQConfig, VQModel
+from vq import LPIPS, VQConfig, VQModel, patch_discriminator
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32
@@ -184,7 +184,7 @@ def small_clip():
 
 def small_discriminator():
     """A patch of 11 pixels: one that sees the whole object saturates within a few rounds."""
-    return PatchDiscriminator(channels=32, halvings=1, kernel=3)
+    return patch_discriminator(channels=32, halvings=1, kernel=3)
 
 
 class Scenes:
