@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from policy import sample, token_log_probs
@@ -217,9 +218,18 @@ def in_rows(function, *tensors, size):
 
 
 def take_step(optimizer, parameters, clip):
-    """Clips the gradient of `parameters`, steps, forgets it; returns the norm before clipping. A gradient that is not finite raises."""
-    norm = clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
-    optimizer.step()
+    """Averages the gradient of `parameters` over the processes, clips it, steps and forgets it; returns its norm before clipping.
+
+    A norm that is not finite is returned as it is and nothing moves, in all processes alike.
+    """
+    if dist.is_initialized():
+        for weight in parameters:
+            if weight.grad is not None:
+                dist.all_reduce(weight.grad)
+                weight.grad /= dist.get_world_size()
+    norm = clip_grad_norm_(parameters, clip)
+    if norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
     return norm.item()
 

@@ -11,9 +11,12 @@ import json
 import math
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -460,10 +463,46 @@ def test_score_gap_is_zero_only_for_what_was_sampled(base):
     assert abs(play(base, replaced(score_guided=False))[1]["score_gap"]) > 1e-3
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(base):
-    """Else NaN spreads into every weight and the run ends days later with nothing."""
-    with pytest.raises(RuntimeError, match="non-finite"):
-        play(base, TINY, scorer=Brightness(float("nan")))
+def test_an_update_that_is_not_finite_is_not_made(base):
+    """Else NaN spreads into every weight and the run ends days later with nothing. The discriminator has a finite one."""
+    p, log, *_ = play(base, replaced(warmup=0), scorer=Brightness(float("nan")))
+    assert math.isnan(log["reward"]) and math.isnan(log["policy_grad"]) and math.isnan(log["decoder_grad"])
+    assert not changed(base[0], p.policy) and not changed(base[1], p.vq) and changed(base[2].discriminator, p.discriminator)
+    assert not p.policy_optimizer.state and all(w.grad is None for w in p.policy.parameters())
+
+
+def half_a_round(rank, folder, processes):
+    """What one of `processes` does of a round of 4 captions, with plain gradient descent: Adam would blow rounding up."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        rankee.dist.init_process_group("gloo", f"file://{folder}/meeting", world_size=processes, rank=rank)
+    policy = policies.policy_from_entries(train.read_entries(world.FOLDER / "policy.pt"), 8, world.HEAD_SIZE)
+    vq = tokenizers.vq_from_entries(train.read_entries(world.FOLDER / "vq.pt"))
+    s = replaced(captions=4, real_images=0, micro_batch=2, samples=8, gan_start=0, clip_grad=0.1)
+    scenes = world.Scenes(train.read_checkpoint(world.FOLDER / "judges.pt"), s, policy.config, vq, "cpu")
+    p = rankee.Players(policy, vq, scenes.discriminator, scenes.scorer, scenes.perceptual, s, OFF)
+    p.policy_optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    p.decoder_optimizer = torch.optim.SGD(vq.moving_parameters(), lr=1.0)
+    p.discriminator_optimizer = torch.optim.SGD(p.discriminator.parameters(), lr=1.0)
+    generator = torch.Generator().manual_seed(3)
+    own = slice(rank * 4 // processes, (rank + 1) * 4 // processes)
+    captions, features, mask, images = (x[own] for x in scenes.batch(generator))
+    noise = torch.rand(4, 4, 64, generator=generator)[own]
+    log, _ = rankee.one_round(p, s, 20, captions, features, mask, images, noise)
+    weights = [x.detach() for part in (policy, vq, p.discriminator) for x in part.parameters()]
+    torch.save((weights, log["policy_grad"], log["decoder_grad"]), Path(folder) / f"{processes}-{rank}.pt")
+
+
+def test_two_processes_make_one_update(tmp_path):
+    """Else more GPUs train another model: 2 processes × 2 captions equal 1 process × 4 captions, in all three networks."""
+    half_a_round(0, tmp_path, 1)
+    torch.multiprocessing.spawn(half_a_round, (tmp_path, 2), nprocs=2)
+    one, *two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert one[1] > 0.1 and one[2] > 0.1  # both are clipped, which they would be otherwise before the average
+    for other in two:
+        assert other[1:] == pytest.approx(one[1:], rel=1e-4)
+        for x, y in zip(one[0], other[0], strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
 # ---- the embedded world ------------------------------------------------------------------------------------------------
@@ -944,7 +983,7 @@ def refused(capsys, monkeypatch, *arguments, lines=1):
         (["--guidance", "0.5"], "--guidance 0.5 is not possible; it must be at least 1"),
         (["--beta1-decoder", "1"], "--beta1-decoder 1.0 is not possible; it must be from 0 to 0.9999"),
         (["--seed", "99999999999999"], "--seed 99999999999999 is not possible"),
-        (["--out", __file__], "cannot be made a folder"),
+        (["--out", __file__], "cannot be used (File exists)"),
         (["--lr-policy", "nan"], "--lr-policy nan is not possible"),
         (["--rollouts", "1"], "--rollouts 1 is not possible; it must be at least 2"),
         (["--gan", "ranked"], "argument --gan: invalid choice: 'ranked'"),
@@ -978,10 +1017,12 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     torch.save(entries | {"extra.weight": torch.zeros(1)}, tmp_path / "surplus.pt")
     torch.save(entries | {"norm.weight": torch.zeros(127)}, tmp_path / "shape.pt")
     torch.save(entries | {"output.weight": torch.zeros(65, 128)}, tmp_path / "codes.pt")
+    torch.save(entries | {"norm.weight": torch.full((128,), torch.nan)}, tmp_path / "nan.pt")
     expected = {
         "nowhere.pt": "no such file", ".": "a folder, not a file", "truncated.pt": "truncated, damaged", "empty.pt": "truncated, damaged", "noise.pt": "truncated, damaged",
         "bomb.pt": "not a checkpoint of plain weights", "list.pt": "holds no state dict", "vq_ds16_t2i.pt": "has no entry 'tok_embeddings.weight'",
         "missing.pt": "norm.weight", "surplus.pt": "extra.weight", "shape.pt": "norm.weight", "codes.pt": "output.weight",
+        "nan.pt": "norm.weight holds numbers that are not finite",
     }  # fmt: skip
     for name, says in expected.items():
         line = refused(
@@ -1006,8 +1047,211 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
 
 
 def test_a_run_is_not_overwritten(small_run, capsys, monkeypatch):
-    """Else the second command of the day deletes the result of the first."""
+    """Else the second command of the day deletes the result of the first, or two runs mix in one folder."""
     out, _ = small_run
     before = (out / "results.json").read_bytes()
     assert "holds a run already" in refused(capsys, monkeypatch, *SMALL, "--out", out)
     assert (out / "results.json").read_bytes() == before
+    with pytest.raises(train.BadInput, match="File exists"):
+        train.make_folder(out, "log.jsonl")  # the other one came between the check and the claim
+
+
+# ---- runs that survive -------------------------------------------------------------------------------------------------
+
+LONG = [
+    "--rounds",
+    "6",
+    "--save-every",
+    "2",
+    "--captions",
+    "2",
+    "--rollouts",
+    "2",
+    "--real-images",
+    "2",
+    "--samples",
+    "8",
+    "--device",
+    "cpu",
+]
+
+
+def altered(change, *arguments, launcher=()):
+    """The command with some code run before it, in a process of its own."""
+    code = f"import os, signal, sys, time\nimport torch\nimport metrics, rankee, train\n{change}\nsys.argv[0] = 'train.py'\ntrain.main()"
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    if launcher:
+        script = Path(arguments[-1]).parent / "altered.py"
+        script.write_text(code)
+    run = [*launcher, script] if launcher else [sys.executable, "-c", code]
+    return subprocess.Popen(
+        [str(x) for x in (*run, *arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(a, b):
+    """Weights, EMA, moments, settings, rounds, log and results, bit for bit; only the folder's name and the seconds may differ."""
+    x, y = (torch.load(out / "state-000006.pt") for out in (a, b))
+    x["settings"]["out"] = y["settings"]["out"]
+    assert same(x, y)
+    logs = [[json.loads(line) | {"seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    for name in ("results.json", "pictures-000006.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    assert not [path for path in b.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finished(*LONG, "--out", out)
+    return out
+
+
+KILLS = {
+    # in the fourth round, after the policy moved and before the decoder did
+    "round": """
+stage = rankee.decoder_stage
+rankee.decoder_stage = lambda p, m, r, step, x: os.kill(os.getpid(), 9) if step == 3 else stage(p, m, r, step, x)""",
+    # with half of the second checkpoint on the disk
+    "write": """
+write = torch.save
+def half(value, path):
+    write(value, path)
+    if "state-000004" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), 9)
+torch.save = half""",
+    # with the second checkpoint in place and one of the four networks written
+    "exports": """
+rename, done = os.replace, []
+def few(a, b):
+    rename(a, b)
+    done.append(str(b))
+    if sum("state" in name for name in done) == 2 and done[-1].endswith("policy.pt"):
+        os.kill(os.getpid(), 9)
+os.replace = few""",
+}
+
+
+@pytest.mark.parametrize("where, left", [("round", 2), ("write", 2), ("exports", 4)])
+def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path, where, left):
+    """Else a night's crash costs the run, or the resumed one is another run and nobody notices."""
+    out = tmp_path / "run"
+    killed = altered(KILLS[where], *LONG, "--out", out)
+    killed.communicate()
+    assert killed.returncode == -9
+    assert max(out.glob("state-*.pt")).name == f"state-{left:06d}.pt"
+    finished(*LONG, "--out", out, "--resume")
+    assert_same_run(whole_run, out)
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(whole_run, tmp_path, capsys, monkeypatch):
+    """Else one bad block ends the run; and settings that changed would go unseen."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    assert sorted(path.name for path in out.glob("state-*")) == ["state-000004.pt", "state-000006.pt"]
+    os.truncate(out / "state-000006.pt", 5000)
+    done = finished(*LONG[:-2], "--device", "cpu", "--out", out, "--resume", "--changed")  # another --out than it was made with
+    assert "state-000006.pt: truncated" in done.stderr and "the one before it is used" in done.stderr
+    assert_same_run(whole_run, out)
+    line = refused(capsys, monkeypatch, *LONG, "--out", out, "--resume", "--beta", "0.1", "--keep", "1")
+    assert "was made with --beta 0.05, --keep 0; give that again" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_round_and_saves(tmp_path, number):
+    """Else Ctrl-C, or a cluster's notice, costs everything since the last checkpoint."""
+    out = tmp_path / "run"
+    process = altered("", *LONG, "--rounds", "2000", "--save-every", "9000", "--out", out)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    rounds = len((out / "log.jsonl").read_text().splitlines())
+    assert process.returncode == 128 + number and f"stopped after round {rounds}" in printed
+    assert torch.load(out / f"state-{rounds:06d}.pt")["round"] == rounds
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    """Else a run that hangs in its round can only be killed by its number."""
+    slow = "train.one_round = lambda *a: (print('here', flush=True), time.sleep(60))"
+    process = altered(slow, *LONG, "--out", tmp_path / "run")
+    while process.stdout.readline() != "here\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_numbers_that_stay_wrong_end_the_run(tmp_path):
+    """Else it burns a week on a reward model that overflowed. What it says is the term, and what it leaves is finite."""
+    out = tmp_path / "run"
+    broken = """
+one_round, score = train.one_round, metrics.CLIPScore.forward
+def overflow(p, m, step, *more):
+    metrics.CLIPScore.forward = lambda *a: score(*a) * (float("nan") if step in (1, 3, 4, 5) else 1)
+    return one_round(p, m, step, *more)
+train.one_round = overflow"""
+    process = altered(broken, *LONG, "--patience", "3", "--out", out)
+    printed, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "round 6: reward" in errors and "not finite, 3 times in a row" in errors and "NO UPDATE: reward" in printed
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["reward"] is None for line in log] == [False, True, False, True, True]
+    state = train.read_checkpoint(out / "state-000004.pt")
+    assert all(value.isfinite().all() for name in train.NETWORKS for value in state[name].values())
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path):
+    """Else the save that fails takes the checkpoint before it along."""
+    out = tmp_path / "run"
+    finished(*LONG, "--rounds", "2", "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    full = "import resource\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
+    process = altered(full, *LONG, "--resume", "--changed", "--out", out)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "state-000004.pt: cannot be written" in errors and "Traceback" not in errors
+    assert all((out / name).read_bytes() == content for name, content in before.items() if name.endswith((".pt", ".png")))
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--master_port=0",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    """Else a dead GPU leaves the others waiting, and paid for, until somebody looks. Until then both wrote one run."""
+    out = tmp_path / "run"
+    dies = """
+stage = rankee.decoder_stage
+def decoder_stage(p, m, r, step, x):
+    if step == 4 and os.environ["RANK"] == "1":
+        os._exit(3)
+    if step == 4:
+        print("died", time.time(), flush=True)
+    return stage(p, m, r, step, x)
+rankee.decoder_stage = decoder_stage"""
+    process = altered(dies, *LONG, "--out", out, launcher=TORCHRUN)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode != 0 and time.time() - float(printed.split("died ")[1].split()[0]) < 60, errors
+    assert [json.loads(line)["round"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert torch.load(out / "state-000004.pt")["round"] == 4 and not list(out.glob(".*"))

@@ -18,21 +18,25 @@ import difflib
 import importlib.util
 import io
 import json
+import math
 import os
 import pickle
 import re
+import signal
 import sys
 import tarfile
 import textwrap
 import time
 import warnings
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -51,7 +55,7 @@ class Settings(Method):
     """A run's settings: the method's and these."""
 
     out: Annotated[str, "folder of the run; must not hold another run"] = "runs/llamagen"
-    seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**11] = 0
+    seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**9] = 0
     ckpt: Annotated[str, "policy in LlamaGen's layout; default: the embedded world's"] = ""
     vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: beside the policy, as are the next files"] = ""
     image_size: Annotated[int, "pixels a side (PatchGAN needs 24); with the tokenizer's factor they give the token grid", 24] = (
@@ -71,6 +75,9 @@ class Settings(Method):
     precision: Annotated[Literal["auto", "float32", "bf16"], "of passes, weights are float32; auto: bf16 on a GPU"] = "auto"
     samples: Annotated[int, "pictures in an evaluation of the embedded world", 2] = 2048
     save_every: Annotated[int, "rounds between checkpoints and pictures; the last round always makes them", 1] = 500
+    resume: Annotated[bool, "go on from the newest checkpoint in --out"] = False
+    changed: Annotated[bool, "with --resume: go on although the settings are not those of the checkpoint"] = False
+    patience: Annotated[int, "rounds in a row without finite numbers, and so without an update, that end the run", 1] = 5
     pretrain: Annotated[bool, "make the embedded world's base in scenes/ and stop"] = False
 
 
@@ -85,7 +92,11 @@ SCENES = dict(
 
 
 class BadInput(Exception):
-    """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do."""
+    """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do. Status 2."""
+
+
+class Stopped(Exception):
+    """A run cannot go on; the message is one line: why, and what is left. Status 1."""
 
 
 def parse_settings(arguments):
@@ -170,6 +181,9 @@ def read_entries(path):
         raise BadInput(f"{path}: holds no state dict; expected tensors by name, bare or under model, module or state_dict")
     for prefix in ("module.", "_orig_mod."):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    for name, value in entries.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise BadInput(f"{path}: {name} holds numbers that are not finite; get it again")
     return entries
 
 
@@ -190,15 +204,47 @@ def first_line(error):
 
 
 def write_whole(path, write):
-    """`write(temporary path)`, then a rename: a reader, or a kill, finds the old file or the new one, never a part."""
+    """`write(temporary path)`, then a rename: a reader, or a kill, finds the old file or the new one, never a part. Raises Stopped."""
     temporary = path.with_name("." + path.name)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise Stopped(f"{path}: cannot be written ({first_line(error)}); what was written before is untouched") from error
 
 
-def save_players(out, p):
-    for name in ("policy", "policy_ema", "vq", "vq_ema"):
-        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": getattr(p, name).state_dict()}, path))
+# What a checkpoint holds of `Players`; the frozen networks come from their own files again.
+NETWORKS = ["policy", "policy_ema", "vq", "vq_ema"]
+STATE = [*NETWORKS, "discriminator", "policy_optimizer", "decoder_optimizer", "discriminator_optimizer"]
+
+
+def save(out, p, s, done):
+    """A checkpoint after `done` rounds, of which the last two are kept, and the networks for other programs, in LlamaGen's layout."""
+    state = {"round": done, "settings": dataclasses.asdict(s)} | {name: getattr(p, name).state_dict() for name in STATE}
+    write_whole(out / f"state-{done:06d}.pt", lambda path: torch.save(state, path))
+    for name in NETWORKS:
+        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": state[name]}, path))
+    for old in sorted(out.glob("state-*.pt"))[:-2]:
+        old.unlink()
+
+
+def newest_checkpoint(out, s, changed):
+    """The newest checkpoint in `out` that can be read, or round 0. Raises BadInput where its settings are not `s`, unless `changed`."""
+    for path in sorted(out.glob("state-*.pt"), reverse=True):
+        try:
+            state = read_checkpoint(path)
+        except BadInput as error:
+            print(f"train.py: {error}; the one before it is used", file=sys.stderr)
+            continue
+        was, now = state["settings"], dataclasses.asdict(s)
+        other = ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name])
+        if other and not changed:
+            raise BadInput(f"--resume: {path} was made with {other}; give that again, or --changed to go on without")
+        return state
+    return {"round": 0}
 
 
 def to_picture(image):
@@ -386,10 +432,14 @@ def complete_features(s, pairs, config, device, autocast):
 class PublicWorld:
     """Images with captions from --data, with the public networks as judges: to the loop, what `world.Scenes` is."""
 
-    def __init__(self, s, config, device, autocast):
+    def __init__(self, s, config, device, autocast, start, rank, processes):
         self.s, self.config, self.device = s, config, device
         pairs, skipped = list_pairs(s.data)
+        if rank > 0:  # the first process computes what lacks, the others find it
+            dist.barrier()
         features = complete_features(s, pairs, config, device, autocast)
+        if rank == 0 and processes > 1:
+            dist.barrier()
         scorer = build(s.reward_weights, f"the scorer {s.reward}", clip_from_entries, *REWARDS[s.reward])
         self.scorer, self.perceptual = scorer.to(device), None
         if s.arm != "policy":
@@ -402,7 +452,10 @@ class PublicWorld:
         self.captions, self.features, self.text_mask, self.real = self.stack([stream[i] for i in range(8)])
         noise = torch.rand(8, 1, config.grid**2, generator=torch.Generator().manual_seed(10**6 + s.seed))
         self.noise = noise.to(device)
-        self.batches = iter(DataLoader(stream, size, False, range(s.rounds * size), num_workers=s.workers, collate_fn=list))
+        own = range(start * processes + rank, s.rounds * processes, processes)  # batches, none of them another process'
+        positions = [range(batch * size, (batch + 1) * size) for batch in own]
+        loading = {"num_workers": s.workers, "collate_fn": list, "worker_init_fn": ignore_interrupt}
+        self.batches = iter(DataLoader(stream, batch_sampler=positions, **loading))
 
     def report(self, skipped):
         for line in sorted(set(skipped) - self.skipped):
@@ -453,11 +506,50 @@ def load_pair(s):
     return policy, vq, device, torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
-def make_folder(path):
+def listen():
+    """The signals received from here on, a list: Ctrl-C and SIGTERM are noted once and wait for the round's end; a second one kills."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received
+
+
+def ignore_interrupt(worker):
+    """Ctrl-C reaches a terminal's whole process group; a loader's worker must outlive the round."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def agreed(received, device):
+    """The signal that any of the processes received, 0 for none: all stop after the same round."""
+    stop = torch.tensor(max(received, default=0), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return stop.item()
+
+
+def join_processes(device):
+    """This process' rank and how many torchrun started; (0, 1) without it."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))  # torchrun ends them sooner
+    return rank, processes
+
+
+def make_folder(path, *claims):
+    """Makes the folder; with `claims`, names of files, makes these too, which must not be there yet. Raises BadInput."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in claims:
+            (path / name).touch(exist_ok=False)
     except OSError as error:
-        raise BadInput(f"--out {path}: cannot be made a folder ({error.strerror}); name another") from error
+        raise BadInput(f"--out {path}: cannot be used ({error.strerror}); name another folder") from error
 
 
 @torch.no_grad()
@@ -472,52 +564,79 @@ def paint(policy, decoders, s, autocast, prompts):
 def run(s):
     """A whole run: load, draw from the base, post-train, draw, write."""
     out = Path(s.out)
-    if (out / "log.jsonl").exists():
-        raise BadInput(f"{out} holds a run already; name another folder with --out, or remove it")
+    if (out / "log.jsonl").exists() and not s.resume:
+        raise BadInput(f"{out} holds a run already; go on with --resume, name another folder with --out, or remove it")
 
     # Load
     if s.ckpt:
         text = [] if Path(s.t5_features or "?").exists() else ["t5"]
         judges = ["reward_weights"] if s.arm == "policy" else ["reward_weights", "vgg", "lpips"]
         s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", *text, *judges, "data"])
+    resume, changed, s = s.resume, s.changed, dataclasses.replace(s, resume=False, changed=False)  # a checkpoint's settings
+    state = newest_checkpoint(out, s, changed) if resume else {"round": 0}
     policy, vq, device, autocast = load_pair(s)
     if s.data == "scenes" and policy.config.prefix <= len(world.ATTRIBUTES):
         raise BadInput(f"{s.ckpt}: takes captions of {policy.config.prefix} words; a scene's has more")
+    rank, processes = join_processes(device)
     if s.data == "scenes":
         w = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), s, policy.config, vq.to(device), device)
     else:
-        w = PublicWorld(s, policy.config, device, autocast)
+        w = PublicWorld(s, policy.config, device, autocast, state["round"], rank, processes)
     policy, vq = policy.to(device), vq.to(device)
     p = Players(policy, vq, w.discriminator, w.scorer, w.perceptual, s, autocast)
 
     # The base
-    make_folder(out)
-    write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1)))
+    if rank == 0:
+        make_folder(out, *([] if resume else ["log.jsonl"]))
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
     prompts = w.features, w.text_mask, w.noise
     codes, before = paint(policy, [base_vq], s, autocast, prompts)
     rows = [{"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)}] if s.data == "scenes" else []
 
+    # Where an earlier run stopped
+    for name in STATE if state["round"] else []:
+        getattr(p, name).load_state_dict(state[name])
+    if rank == 0:
+        log_path = out / "log.jsonl"
+        lines = log_path.read_text().splitlines()[: state["round"]] if log_path.exists() else []
+        write_whole(log_path, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+        write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1)))
+
     # Post-train
-    with open(out / "log.jsonl", "w") as log_file, tqdm(total=s.rounds, unit="round", file=sys.stderr) as bar:
-        for step in range(s.rounds):
+    received, skipped = listen(), 0
+    with open(log_path if rank == 0 else os.devnull, "a") as log_file, tqdm(total=s.rounds, disable=rank > 0) as bar:
+        bar.update(state["round"])
+        for step in range(state["round"], s.rounds):
             start = time.perf_counter()
-            generator = torch.Generator().manual_seed(s.seed * 10**7 + step)
+            generator = torch.Generator().manual_seed((s.seed * 10**7 + step) * processes + rank)
             captions, features, text_mask, images = w.batch(generator)
             captions, features, text_mask = captions[: s.captions], features[: s.captions], text_mask[: s.captions]
             images = images[: s.real_images or s.captions]
             noise = torch.rand(s.captions, s.rollouts, policy.config.grid**2, generator=generator).to(device)
             log, _ = one_round(p, s, step, captions, features, text_mask, images, noise)
-            log = {"round": step + 1, **log, "seconds": time.perf_counter() - start}
-            print(json.dumps(log), file=log_file, flush=True)
-            line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
-            bar.write(f"round {step + 1:4d}/{s.rounds}  {line}")
+            log, stop = log | {"seconds": time.perf_counter() - start}, agreed(received, device)
+
+            wrong = [name for name, value in log.items() if not math.isfinite(value)]
+            skipped = skipped + 1 if wrong else 0
+            if skipped == s.patience:
+                raise Stopped(
+                    f"round {step + 1}: {', '.join(wrong)} not finite, {skipped} times in a row; {out} keeps what was saved"
+                )
+            if rank == 0:
+                print(json.dumps({"round": step + 1} | log | dict.fromkeys(wrong)), file=log_file, flush=True)  # JSON has no NaN
+                line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
+                bar.write(f"round {step + 1:4d}/{s.rounds}  {line}{'  NO UPDATE: ' if wrong else ''}{', '.join(wrong)}")
             bar.update()
-            if (step + 1) % s.save_every == 0 or step + 1 == s.rounds:
-                save_players(out, p)
+            if rank == 0 and (stop or (step + 1) % s.save_every == 0 or step + 1 == s.rounds):
+                save(out, p, s, step + 1)
                 _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
                 columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
                 save_grid(out / f"pictures-{step + 1:06d}.png", columns, w.captions[:8])
+            if stop:
+                bar.write(f"stopped after round {step + 1}; --resume goes on")
+                sys.exit(128 + stop)
+    if rank > 0:
+        return
 
     # What came of it
     if s.data == "scenes":
@@ -563,9 +682,9 @@ def main():
             write_samples(settings)
         else:
             run(settings)
-    except BadInput as error:
+    except (BadInput, Stopped) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
 if __name__ == "__main__":
