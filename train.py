@@ -4,11 +4,14 @@
     python train.py --arm policy --out runs/policy          standard RL: the decoder stays frozen
     python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  a public checkpoint; lists what it lacks, and where to get it
     python train.py --ckpt FILE --sample "a red bus"        pictures from any checkpoint in LlamaGen's layout
+    python train.py … --resume                              go on where the same command was interrupted
+    torchrun --nproc_per_node=8 train.py …                  on several GPUs
     python train.py --pretrain                              make the embedded world's base again
 
 Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` below holds the
 embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), pictures, and policy.pt, vq.pt and their EMAs
-in LlamaGen's layout; on the embedded world results.json too. Round n is a function of the seed and n.
+in LlamaGen's layout; on the embedded world results.json too; and the last two checkpoints, state-….pt, each one dict: settings,
+rounds done, weights, optimizers. No random state: what round n draws is a function of the seed, n and the process.
 """
 
 import argparse
@@ -20,7 +23,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -58,9 +60,7 @@ class Settings(Method):
     seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**9] = 0
     ckpt: Annotated[str, "policy in LlamaGen's layout; default: the embedded world's"] = ""
     vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: beside the policy, as are the next files"] = ""
-    image_size: Annotated[int, "pixels a side (PatchGAN needs 24); with the tokenizer's factor they give the token grid", 24] = (
-        256
-    )
+    image_size: Annotated[int, "pixels a side (PatchGAN needs 24); over the tokenizer's factor: the token grid", 24] = 256
     head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
     data: Annotated[str, "images and captions: a folder, COCO json, LlamaGen jsonl or webdataset tars; or the word scenes"] = ""
     t5: Annotated[str, "folder of the text encoder"] = ""
@@ -164,10 +164,8 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
             # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise BadInput(f"{path}: not a checkpoint of plain weights ({first_line(error)}); get it again") from error
-    except Exception as error:  # a damaged file fails in many ways, none of them a reason to go on
-        raise BadInput(f"{path}: truncated, damaged or unreadable ({first_line(error)}); get it again") from error
+    except Exception as error:  # a file fails in many ways, by damage or because it would run code; none is a reason to go on
+        raise BadInput(f"{path}: damaged, or no checkpoint of plain weights ({first_line(error)}); get it again") from error
 
 
 def read_entries(path):
@@ -496,9 +494,9 @@ def load_pair(s):
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
     vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries)
-    grid, rest = divmod(s.image_size, vq.config.factor)
+    grid, rest = divmod(s.image_size, factor := 2 ** (len(vq.config.multipliers) - 1))
     if rest:
-        raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {vq.config.factor}")
+        raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {factor}")
     policy_file, sizes = s.ckpt or world.FOLDER / "policy.pt", (grid, s.head_size or None)
     policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes)
     if policy.config.codes != vq.config.codes:
@@ -655,10 +653,10 @@ def write_samples(s):
     policy, vq, device, autocast = load_pair(s)
     c = policy.config
     if s.data == "scenes":
-        fits = lambda words: 0 < len(words) <= c.prefix and set(words) <= set(world.VOCABULARY)
-        if strange := [text for text in s.sample if not fits(text.split())]:
-            known = ", ".join(world.VOCABULARY[1:-1])
-            raise BadInput(f"--sample {strange[0]!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
+        for text in s.sample:
+            if not 0 < len(text.split()) <= c.prefix or not set(text.split()) <= set(world.VOCABULARY):
+                known = ", ".join(world.VOCABULARY[1:-1])
+                raise BadInput(f"--sample {text!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
         features = world.word_features(s.sample, c.caption_dim)
     else:
         features = list(t5_features(s.t5, s.sample, c.prefix, device, autocast))

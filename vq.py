@@ -23,7 +23,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ-GAN. Each level after the first halves the resolution."""
+    """Sizes of a VQ-GAN. Each level after the first halves the resolution, so a code stands for 2^(levels − 1) pixels a side."""
 
     channels: int = 32
     multipliers: tuple = (1, 1, 2)
@@ -31,11 +31,6 @@ class VQConfig:
     latent: int = 64  # channels between the convolutions and the codebook's projection
     codes: int = 512
     code_size: int = 8
-
-    @property
-    def factor(self):
-        """Pixels a code stands for, along one side."""
-        return 2 ** (len(self.multipliers) - 1)
 
 
 # ---- VQ-GAN ------------------------------------------------------------------------------------------------------------
