@@ -843,11 +843,15 @@ def test_data_that_cannot_be_used(public_files, capsys, monkeypatch, tmp_path):
     shard = tmp_path / "shards" / "0.tar"
     shard.write_bytes(shard.read_bytes()[:-9000])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "silent").mkdir()
+    for name, text in (("a", b""), ("b", b"caf\xe9"), ("c", b" \n")):
+        shutil.copy(tmp_path / "pairs" / "0.png", tmp_path / "silent" / f"{name}.png")
+        (tmp_path / "silent" / f"{name}.txt").write_bytes(text)
     (tmp_path / "bad.json").write_text("[1, 2]")
     (tmp_path / "latin.jsonl").write_bytes(b'{"image_path": "a.png", "text": "caf\xe9"}')
     (tmp_path / "note.txt").write_text("")
     for name, says in {
-        "shards": "0.tar: damaged", "empty": "no image with a caption", "bad.json": "another layout",
+        "shards": "0.tar: damaged", "empty": "no image with a caption", "silent": "no image with a caption", "bad.json": "another layout",
         "latin.jsonl": "latin.jsonl: damaged", "note.txt": "not a data source", "nowhere": "no such file",
     }.items():  # fmt: skip
         line = refused(capsys, monkeypatch, *public_run(public_files, "--out", tmp_path / "run", "--data", tmp_path / name))
@@ -927,10 +931,12 @@ def test_text_features_are_computed_once_and_kept(public_files, small_t5, tmp_pa
     finished(*arguments, "--rounds", 1, "--arm", "policy", "--out", tmp_path / "a")
     kept = {path.name: np.load(path) for path in (tmp_path / "made").glob("*.npy")}
     assert set(kept) == {"0.npy", "1.npy", "2.npy", "3.npy", "broken.npy"} and kept["1.npy"].shape == (1, 5, 48)
-    finished(*arguments, "--t5", "gone", "--rounds", 1, "--arm", "policy", "--out", tmp_path / "b")
-    assert (tmp_path / "a" / "log.jsonl").read_text().split('"seconds"')[0] == (tmp_path / "b" / "log.jsonl").read_text().split(
-        '"seconds"'
-    )[0]
+    settings = train.parse_settings([str(x) for x in [*arguments, "--t5", "gone"]])
+    config = policies.policy_from_entries(train.read_entries(public_files / "policy.pt"), 2).config
+    pairs, _ = train.list_pairs(settings.data)
+    assert train.complete_features(settings, pairs, config, "cpu", OFF) == tmp_path / "made"  # no encoder is looked for
+    with pytest.raises(train.BadInput, match="--t5 .*gone: no such file"):
+        train.complete_features(settings, [("new", None, "a new one"), *pairs], config, "cpu", OFF)
     files = [
         "--ckpt",
         public_files / "policy.pt",
@@ -1154,6 +1160,19 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path, where, left):
     assert_same_run(whole_run, out)
 
 
+def test_a_killed_run_on_data_goes_on_with_the_next_pictures(public_files, tmp_path):
+    """Else a resumed run sees the first pictures twice and the last ones never."""
+    arguments = [*public_run(public_files), "--rounds", "4", "--save-every", "2", "--workers", "1", "--out"]
+    finished(*arguments, tmp_path / "whole")
+    killed = altered(KILLS["round"], *arguments, tmp_path / "run")
+    killed.communicate()
+    assert killed.returncode == -9
+    finished(*arguments, tmp_path / "run", "--resume")
+    x, y = (torch.load(tmp_path / name / "state-000004.pt") for name in ("whole", "run"))
+    x["settings"]["out"] = y["settings"]["out"]
+    assert same(x, y)
+
+
 def test_a_damaged_checkpoint_leaves_the_one_before(whole_run, tmp_path, capsys, monkeypatch):
     """Else one bad block ends the run; and settings that changed would go unseen."""
     out = tmp_path / "run"
@@ -1207,7 +1226,12 @@ train.one_round = overflow"""
     process = altered(broken, *LONG, "--patience", "3", "--out", out)
     printed, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors
-    assert "round 6: reward" in errors and "not finite, 3 times in a row" in errors and "NO UPDATE: reward" in printed
+    assert (
+        "round 6: reward" in errors
+        and "not finite, 3 times in a row" in errors
+        and "NO UPDATE (1 in a row): reward" in printed
+        and "NO UPDATE (2 in a row): reward" in printed
+    )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["reward"] is None for line in log] == [False, True, False, True, True]
     state = train.read_checkpoint(out / "state-000004.pt")

@@ -623,7 +623,10 @@ def run(s):
             if rank == 0:
                 print(json.dumps({"round": step + 1} | log | dict.fromkeys(wrong)), file=log_file, flush=True)  # JSON has no NaN
                 line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
-                bar.write(f"round {step + 1:4d}/{s.rounds}  {line}{'  NO UPDATE: ' if wrong else ''}{', '.join(wrong)}")
+                bar.write(
+                    f"round {step + 1:4d}/{s.rounds}  {line}"
+                    + f"  NO UPDATE ({skipped} in a row): {', '.join(wrong)}" * bool(wrong)
+                )
             bar.update()
             if rank == 0 and (stop or (step + 1) % s.save_every == 0 or step + 1 == s.rounds):
                 save(out, p, s, step + 1)
