@@ -441,7 +441,8 @@ class PublicWorld:
         scorer = build(s.reward_weights, f"the scorer {s.reward}", clip_from_entries, *REWARDS[s.reward])
         self.scorer, self.perceptual = scorer.to(device), None
         if s.arm != "policy":
-            self.perceptual = build(s.vgg, "VGG16", lpips_from_entries, read_entries(s.lpips)).to(device)
+            linear = read_entries(s.lpips)
+            self.perceptual = build(s.vgg, f"VGG16 with {s.lpips}", lpips_from_entries, linear).to(device)
         torch.manual_seed(s.seed)  # the discriminator starts from nothing
         self.discriminator = patch_discriminator().to(device)
         stream, size = Pairs(pairs, features, s.image_size, config.prefix, s.seed), max(s.captions, s.real_images)
@@ -635,6 +636,8 @@ def run(s):
                 save_grid(out / f"pictures-{step + 1:06d}.png", columns, w.captions[:8])
             if stop:
                 bar.write(f"stopped after round {step + 1}; --resume goes on")
+                if processes > 1:
+                    dist.barrier()  # torchrun ends the others when one has gone, and the first may still be saving
                 sys.exit(128 + stop)
     if rank > 0:
         return
