@@ -857,6 +857,8 @@ def test_data_that_cannot_be_used(public_files, capsys, monkeypatch, tmp_path):
         line = refused(capsys, monkeypatch, *public_run(public_files, "--out", tmp_path / "run", "--data", tmp_path / name))
         assert says in line, line
         assert not (tmp_path / "run").exists()
+    line = refused(capsys, monkeypatch, *public_run(public_files, "--out", tmp_path / "run", "--image-size", 40))
+    assert "--image-size 40 is no multiple of the tokenizer's factor 16" in line
     write_features(tmp_path / "narrow", ["0", "1", "2", "3", "broken"], width=40)
     line = refused(
         capsys, monkeypatch, *public_run(public_files, "--t5-features", tmp_path / "narrow", "--out", tmp_path / "run")
@@ -996,7 +998,7 @@ def refused(capsys, monkeypatch, *arguments, lines=1):
         (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
         (["--vq", "vq.pt"], "--vq without --ckpt"),
         (["--reward", "hpsv2"], "--reward: the embedded world has its own"),
-        (["--image-size", "34"], "--image-size 34 is no multiple of the tokenizer's factor 4"),
+        (["--image-size", "64"], "--image-size 64: the embedded world's pictures have 32 pixels"),
     ],
 )
 def test_settings_that_cannot_be_meant(capsys, monkeypatch, tmp_path, arguments, says):

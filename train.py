@@ -144,6 +144,10 @@ def check_settings(s):
         raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
     if s.vq and not s.ckpt:
         raise BadInput("--vq without --ckpt: the embedded world's codes mean nothing to another tokenizer; name both")
+    if s.data == "scenes" and s.image_size != world.RESOLUTION:
+        raise BadInput(
+            f"--image-size {s.image_size}: the embedded world's pictures have {world.RESOLUTION} pixels a side; leave it out"
+        )
     for name in ("t5", "t5_features", "reward", "reward_weights", "vgg", "lpips"):
         if s.data == "scenes" and getattr(s, name) != getattr(Settings, name):
             raise BadInput(f"--{name.replace('_', '-')}: the embedded world has its own; leave it out, or name --ckpt and --data")
