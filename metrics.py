@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from torch import nn
+from torchvision.transforms import Normalize
 
 # ---- Inception-v3, FID variant -----------------------------------------------------------------------------------------
 # The 2015 TensorFlow graph that FID is defined on differs from the well-known PyTorch one in its pools: averages leave
@@ -146,13 +147,12 @@ class CLIPScore(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenize = tokenize
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.normalize = Normalize(mean, std)
 
     @torch.no_grad()
     def embed_text(self, captions):
         """B captions to unit embeddings (B, E)."""
-        return self.model.encode_text(self.tokenize(captions).to(self.mean.device), normalize=True).float()
+        return self.model.encode_text(self.tokenize(captions).to(self.model.logit_scale.device), normalize=True).float()
 
     def forward(self, images, text):
         """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, E)."""
@@ -160,7 +160,7 @@ class CLIPScore(nn.Module):
         x = (images.clamp(-1, 1) + 1) / 2  # a saved picture has no pixel outside: nothing to gain there
         if tuple(x.shape[2:]) != tuple(size):
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        features = self.model.encode_image((x - self.mean) / self.std, normalize=True)
+        features = self.model.encode_image(self.normalize(x), normalize=True)
         return 100 * (features.float() * text).sum(-1)
 
 

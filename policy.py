@@ -63,9 +63,7 @@ def rotary_table(config, base=10000.0):
     quarter = config.head_size // 4
     frequencies = base ** (-torch.arange(quarter) / quarter)
     turns = torch.arange(config.grid)[:, None] * frequencies  # (grid, quarter)
-    rows = turns[:, None].expand(-1, config.grid, -1)
-    columns = turns[None].expand(config.grid, -1, -1)
-    angles = torch.cat([rows, columns], -1).flatten(0, 1)  # (N, head_size / 2)
+    angles = torch.cat([turns.repeat_interleave(config.grid, 0), turns.repeat(config.grid, 1)], -1)  # (N, head_size / 2)
     table = torch.stack([angles.cos(), angles.sin()], -1)
     return torch.cat([torch.zeros(config.prefix, *table.shape[1:]), table])
 

@@ -95,10 +95,6 @@ class BadInput(Exception):
     """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do. Status 2."""
 
 
-class Stopped(Exception):
-    """A run cannot go on; the message is one line: why, and what is left. Status 1."""
-
-
 def parse_settings(arguments):
     """The command line to `Settings`. Options left out take the paper's values with --ckpt, the embedded world's without."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -206,7 +202,10 @@ def first_line(error):
 
 
 def write_whole(path, write):
-    """`write(temporary path)`, then a rename: a reader, or a kill, finds the old file or the new one, never a part. Raises Stopped."""
+    """`write(temporary path)`, then a rename: a reader, or a kill, finds the old file or the new one, never a part.
+
+    Where it cannot be written the program ends, with one line and status 1.
+    """
     temporary = path.with_name("." + path.name)
     try:
         write(temporary)
@@ -215,7 +214,9 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise Stopped(f"{path}: cannot be written ({first_line(error)}); what was written before is untouched") from error
+        raise SystemExit(
+            f"train.py: {path}: cannot be written ({first_line(error)}); what was there before is untouched"
+        ) from error
 
 
 # What a checkpoint holds of `Players`; the frozen networks come from their own files again.
@@ -622,9 +623,8 @@ def run(s):
             wrong = [name for name, value in log.items() if not math.isfinite(value)]
             skipped = skipped + 1 if wrong else 0
             if skipped == s.patience:
-                raise Stopped(
-                    f"round {step + 1}: {', '.join(wrong)} not finite, {skipped} times in a row; {out} keeps what was saved"
-                )
+                where = f"round {step + 1}: {', '.join(wrong)} not finite, {skipped} times in a row"
+                sys.exit(f"train.py: {where}; {out} keeps what was saved")
             if rank == 0:
                 print(json.dumps({"round": step + 1} | log | dict.fromkeys(wrong)), file=log_file, flush=True)  # JSON has no NaN
                 line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
@@ -690,9 +690,9 @@ def main():
             write_samples(settings)
         else:
             run(settings)
-    except (BadInput, Stopped) as error:
+    except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import vgg16
+from torchvision.transforms import Normalize
 
 
 @dataclass(frozen=True)
@@ -101,30 +103,26 @@ def middle(channels):
     return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
+def levels(first, widths, blocks, lowest, name, resample):
+    """A chain of `Level`s, each but the last followed by `resample` under `name`; attention is at the `lowest` resolution."""
+    chain, last = enumerate(zip([first, *widths], widths)), len(widths) - 1
+    return nn.Sequential(*(Level(a, b, blocks, i == lowest, (name, resample(b)) if i < last else None) for i, (a, b) in chain))
+
+
 def encoder(c):
-    """Images (B, 3, H, W) to (B, latent, h, w). The names are the entries'; the two without weights are in no file."""
-    widths, last = [c.channels * m for m in c.multipliers], len(c.multipliers) - 1
-    levels = [
-        Level(before, width, c.blocks, i == last, ("downsample", downsample(width)) if i < last else None)
-        for i, (before, width) in enumerate(zip([c.channels, *widths], widths))
-    ]
-    layers = {"conv_in": nn.Conv2d(3, c.channels, 3, padding=1), "conv_blocks": nn.Sequential(*levels), "mid": middle(widths[-1])}
+    """Images (B, 3, H, W) to (B, latent, h, w). The names are the entries'; the SiLU is in no file."""
+    widths = [c.channels * m for m in c.multipliers]
+    chain = levels(c.channels, widths, c.blocks, len(widths) - 1, "downsample", downsample)
+    layers = {"conv_in": nn.Conv2d(3, c.channels, 3, padding=1), "conv_blocks": chain, "mid": middle(widths[-1])}
     layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": nn.Conv2d(widths[-1], c.latent, 3, padding=1)}
     return nn.Sequential(OrderedDict(layers))
 
 
 def decoder(c):
     """D_φ, (B, latent, h, w) to images (B, 3, H, W)."""
-    widths, last = [c.channels * m for m in reversed(c.multipliers)], len(c.multipliers) - 1
-    levels = [
-        Level(before, width, c.blocks + 1, i == 0, ("upsample", upsample(width)) if i < last else None)
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
-    ]
-    layers = {
-        "conv_in": nn.Conv2d(c.latent, widths[0], 3, padding=1),
-        "mid": middle(widths[0]),
-        "conv_blocks": nn.Sequential(*levels),
-    }
+    widths = [c.channels * m for m in reversed(c.multipliers)]
+    chain = levels(widths[0], widths, c.blocks + 1, 0, "upsample", upsample)
+    layers = {"conv_in": nn.Conv2d(c.latent, widths[0], 3, padding=1), "mid": middle(widths[0]), "conv_blocks": chain}
     layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": LastConv(widths[-1], 3, 3, padding=1)}
     return nn.Sequential(OrderedDict(layers))
 
@@ -225,50 +223,34 @@ def patch_discriminator(channels=64, halvings=3, kernel=4):
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
 
 
-class VGGFeatures(nn.Module):
-    """The five feature maps of VGG16 that LPIPS compares; images in [-1, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        from torchvision.models import vgg16
-
-        with torch.device("meta"):  # the classifier's 500 MB never exist
-            self.features = vgg16(weights=None).features[:30]
-        # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images):
-        x, maps = (images - self.shift) / self.scale, []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in (3, 8, 15, 22, 29):  # the last ReLU before each pooling
-                maps.append(x)
-        return maps
-
-
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924).
 
-    `trunk` maps images to a list of feature maps; `weights` holds a non-negative number a channel for each map.
+    `stages` follow each other, images to feature maps; `weights` holds a non-negative number a channel for each stage.
     """
 
-    def __init__(self, trunk, weights):
+    def __init__(self, stages, weights):
         super().__init__()
-        self.trunk = trunk
+        self.stages = nn.ModuleList(stages)
         self.weights = nn.ParameterList(weights)
 
     def forward(self, a, b):
         """Distances (B,) between images a and b (B, 3, H, W) in [-1, 1]."""
         total = 0.0
-        for x, y, weight in zip(self.trunk(a), self.trunk(b), self.weights):
-            x, y = (f.float() / (f.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y))
+        for stage, weight in zip(self.stages, self.weights):
+            a, b = stage(a), stage(b)
+            x, y = (f.float() / (f.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
             total = total + ((x - y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
         return total
 
 
 def lpips_from_entries(vgg, linear):
     """LPIPS from torchvision's VGG16 entries and the five linear layers (`vgg.pth` of the lpips package). Raises like `vq_from_entries`."""
-    trunk = VGGFeatures()
-    trunk.load_state_dict({name: value for name, value in vgg.items() if name.startswith("features.")}, strict=True, assign=True)
-    return LPIPS(trunk, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).float().requires_grad_(False)
+    with torch.device("meta"):  # the classifier's 500 MB never exist
+        layers = vgg16(weights=None).features[:30]
+    entries = {name.removeprefix("features."): value for name, value in vgg.items() if name.startswith("features.")}
+    layers.load_state_dict(entries, strict=True, assign=True)
+    # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]; a stage ends with the last ReLU before a pooling.
+    normalize = Normalize([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
+    stages = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
+    return LPIPS(stages, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).float().requires_grad_(False)

@@ -136,25 +136,18 @@ def draw(attributes, generator):
 
 
 class AttributeNet(nn.Module):
-    """A classifier of the seven attributes; its parts are the world's VGG (`maps`) and the world's Inception (`features`)."""
+    """A classifier of the seven attributes; its parts are the world's VGG (`layers`) and the world's Inception (`features`)."""
 
     def __init__(self):
         super().__init__()
         block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU())
-        self.layers = nn.ModuleList([block(3, 24, 1), block(24, 48, 2), block(48, 48, 1), block(48, 64, 2), block(64, 32, 2)])
+        self.layers = nn.Sequential(block(3, 24, 1), block(24, 48, 2), block(48, 48, 1), block(48, 64, 2), block(64, 32, 2))
         self.neck = nn.Linear(32 * 16, 64)
         self.heads = nn.Linear(64, int(COUNTS.sum()))
 
-    def maps(self, images):
-        """Images (B, 3, H, W) to the five feature maps."""
-        maps = [images]
-        for layer in self.layers:
-            maps.append(layer(maps[-1]))
-        return maps[1:]
-
     def features(self, images):
         """Images (B, 3, 32, 32) to (B, 64)."""
-        return F.silu(self.neck(self.maps(images)[-1].flatten(1)))
+        return F.silu(self.neck(self.layers(images).flatten(1)))
 
     def logits(self, features):
         """Features (B, 64) to logits for each attribute, a tuple of (B, words)."""
@@ -240,7 +233,7 @@ class Scenes:
 def perceptual_distance(net):
     """LPIPS on a classifier's feature maps, all channels alike."""
     weights = [torch.ones(layer[0].out_channels) for layer in net.requires_grad_(False).layers]
-    return LPIPS(net.maps, weights).requires_grad_(False)
+    return LPIPS(net.layers, weights).requires_grad_(False)
 
 
 # ---- pre-training ------------------------------------------------------------------------------------------------------
