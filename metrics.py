@@ -1,24 +1,100 @@
 """What the paper measures: the Fréchet Inception distance (from scratch), CLIP scores (through open_clip), token statistics.
 
+    python metrics.py fid A B --weights pt_inception-2015-12-05-6726825d.pth     A, B: folders of pictures, or saved statistics
+    python metrics.py statistics A OUT.npz --weights …                           statistics in pytorch-fid's layout
+    python metrics.py clip DIR --captions FILE --weights …                       CLIP ViT-B/32, "A photo depicts …"
+    python metrics.py hpsv2 DIR --captions FILE --weights HPS_v2.1_compressed.pt
+    python metrics.py shift A B --vq vq_ds16_t2i.pt                              KL of the codes' histograms, and entropies
+
 Two ways to prepare a picture for Inception are in use, and they give different numbers for the same pictures:
 
     "clean"        clean-fid (Parmar et al. 2022): bicubic with anti-aliasing in float, (x − 128) / 128; the published tables
     "pytorch-fid"  bilinear without anti-aliasing, x / 127.5 − 1; most older papers
 
 Pixels are in [-1, 1] for CLIP, which is differentiated, and uint8 for Inception, which is not: FID is defined on saved pictures.
+This file imports nothing of ours, but for `shift` on pictures, which needs the tokenizer.
 """
 
+import argparse
+import functools
+import hashlib
+import inspect
+import json
+import os
 import re
+import sys
+import warnings
+import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Normalize
+from tqdm import tqdm
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+class BadInput(Exception):
+    """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do. Status 2."""
+
+
+def read_checkpoint(path):
+    """What a .pt or .safetensors file holds, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
+            # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a file fails in many ways, by damage or because it would run code; none is a reason to go on
+        raise BadInput(f"{path}: damaged, or no checkpoint of plain weights ({first_line(error)}); get it again") from error
+
+
+def read_entries(path):
+    """The state dict in a checkpoint: under `model`, `module` or `state_dict` or bare, wrappers' prefixes taken off."""
+    entries = read_checkpoint(path)
+    for key in ("model", "module", "state_dict"):
+        if isinstance(entries, dict) and isinstance(entries.get(key), dict):
+            entries = entries[key]
+    tensors = isinstance(entries, dict) and all(isinstance(value, torch.Tensor) for value in entries.values())
+    if not tensors or not entries or not all(isinstance(name, str) for name in entries):
+        raise BadInput(f"{path}: holds no state dict; expected tensors by name, bare or under model, module or state_dict")
+    for prefix in ("module.", "_orig_mod."):
+        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    for name, value in entries.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise BadInput(f"{path}: {name} holds numbers that are not finite; get it again")
+    return entries
+
+
+def build(path, what, from_entries, *more):
+    """`from_entries` on a file's entries and `more`; what does not fit becomes BadInput with the first offender's name."""
+    try:
+        return from_entries(read_entries(path), *more)
+    except KeyError as error:
+        raise BadInput(f"{path}: has no entry {error}; expected {what}") from error
+    except (RuntimeError, ValueError) as error:
+        problems = [line.strip() for line in str(error).splitlines()]
+        problem = problems[1] if len(problems) > 1 else problems[0]
+        raise BadInput(f"{path}: does not fit {what}: {problem[:300]}") from error
+
+
+def first_line(error):
+    return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+
 
 # ---- Inception-v3, FID variant -----------------------------------------------------------------------------------------
 # The 2015 TensorFlow graph that FID is defined on differs from the well-known PyTorch one in its pools: averages leave
@@ -104,18 +180,23 @@ def prepare_for_inception(pixels, preprocess):
             for plane in picture.transpose(2, 0, 1)
         ]
         return (torch.from_numpy(np.stack(planes)).view(-1, 3, 299, 299) - 128) / 128
-    raise ValueError(f"unknown preprocessing {preprocess!r}; there are clean and pytorch-fid")
+    raise BadInput(f"unknown preprocessing {preprocess!r}; there are clean and pytorch-fid")
 
 
 # ---- Fréchet distance --------------------------------------------------------------------------------------------------
 
 
-def feature_statistics(features):
-    """Mean (F,) and covariance (F, F), float64, of features (n, F), n ≥ 2."""
-    features = np.asarray(features, dtype=np.float64)
-    if len(features) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 samples on each side; one side has {len(features)}")
-    return features.mean(0), np.cov(features, rowvar=False)
+def feature_statistics(batches):
+    """Mean (F,) and covariance (F, F), float64, of features that come as batches (b, F), and how many they are; memory does not
+    grow with them. Raises BadInput for fewer than two."""
+    count, total, products = 0, 0.0, 0.0
+    for features in batches:
+        features = features.double().cpu()
+        count, total, products = count + len(features), total + features.sum(0), products + features.T @ features
+    if count < 2:
+        raise BadInput(f"a Fréchet distance needs at least 2 samples on each side; one side has {count}")
+    mean = total / count
+    return mean.numpy(), ((products - count * mean.outer(mean)) / (count - 1)).numpy(), count
 
 
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
@@ -203,3 +284,218 @@ def token_kl(generated, real):
 def token_entropy(histogram):
     """Entropy in bits of a histogram (V,); log2 V when all codes are used alike."""
     return -(histogram * histogram.log2()).sum().item()
+
+
+# ---- pictures in folders -----------------------------------------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a bad file
+WORKERS = os.cpu_count()  # processes that read pictures; 0: none, the caller reads them itself
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Pictures(Dataset):
+    """The files of pictures, each opened, made RGB and given to `prepare`, which returns a tensor."""
+
+    def __init__(self, paths, prepare):
+        self.paths, self.prepare = paths, prepare
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        """The tensor and "", or None and a line that says why the file cannot be read."""
+        try:
+            with Image.open(self.paths[i]) as picture:
+                return self.prepare(picture.convert("RGB")), ""
+        except UNREADABLE as error:
+            return None, f"{self.paths[i]}: {first_line(error)}"
+
+
+def list_pictures(folder):
+    """Every picture in a folder and those in it, sorted. Raises BadInput where there is none."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise BadInput(f"{folder}: no pictures; expected a folder with {', '.join(SUFFIXES)} files")
+    return paths
+
+
+def read_pictures(paths, prepare, workers, batch=32):
+    """Pairs (indices of the files, tensors (b, …)) from worker processes; what cannot be read is named and left out.
+
+    Raises BadInput where none can be read.
+    """
+    loader = DataLoader(Pictures(paths, prepare), batch, num_workers=workers, collate_fn=list)
+    position = skipped = 0
+    with tqdm(total=len(paths), unit="pictures") as bar:
+        for items in loader:
+            for line in filter(None, (line for _, line in items)):
+                skipped += 1
+                bar.write(f"skipped {line} ({skipped} so far)", file=sys.stderr)
+            good = [i for i, (tensor, _) in enumerate(items) if tensor is not None]
+            if good:
+                yield [position + i for i in good], torch.stack([items[i][0] for i in good])
+            position += len(items)
+            bar.update(len(items))
+    if skipped == len(paths):
+        raise BadInput(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be read")
+
+
+def read_statistics(path):
+    """Mean, covariance and count ("?" where the file does not say) of a .npz in pytorch-fid's layout. Raises BadInput."""
+    try:
+        with np.load(path) as file:
+            mean, covariance = file["mu"], file["sigma"]
+            count = int(file["count"]) if "count" in file else "?"
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: no statistics ({first_line(error)}); expected a .npz with mu and sigma") from error
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise BadInput(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; expected (F,) and (F, F)")
+    return mean, covariance, count
+
+
+# ---- what the paper's tables hold --------------------------------------------------------------------------------------
+# Each function is a command too. All return the numbers, name → value, and lines that say by which protocol they came about.
+
+
+def inception_input(preprocess, picture):
+    return prepare_for_inception(np.array(picture)[None], preprocess)[0]
+
+
+def square(size, picture):
+    """The middle square of a PIL picture, (3, size, size) in [-1, 1], resized with Lanczos."""
+    return torch.from_numpy(np.array(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1) / 127.5 - 1
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return f"{Path(path).name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def side_statistics(side, network, preprocess, workers, device):
+    """Mean, covariance and count of one side of a distance: a folder's pictures, or a .npz."""
+    if str(side).endswith(".npz"):
+        return read_statistics(side)
+    pictures = read_pictures(list_pictures(side), functools.partial(inception_input, preprocess), workers)
+    return feature_statistics(network(x.to(device)) for _, x in pictures)
+
+
+def statistics(a, out, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
+    """Writes the mean and covariance of a folder's pictures to OUT.npz, in pytorch-fid's layout."""
+    network = build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
+    mean, covariance, count = side_statistics(a, network, preprocess, workers, device)
+    np.savez(out, mu=mean, sigma=covariance, count=count)
+    return {"pictures": count}, [f"{a}, {preprocess} preprocessing, {file_hash(weights)}"]
+
+
+def fid(a, b, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
+    """Fréchet Inception distance of two folders of pictures (png, jpg, webp; nested), or of saved statistics (.npz)."""
+    network = build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
+    (*of_a, count_a), (*of_b, count_b) = (side_statistics(side, network, preprocess, workers, device) for side in (a, b))
+    if of_a[0].shape != of_b[0].shape:
+        raise BadInput(f"{a} has {len(of_a[0])} features and {b} {len(of_b[0])}; give statistics of one network")
+    protocol = [f"FID: {count_a} pictures of {a}, {count_b} of {b}, {preprocess} preprocessing, {file_hash(weights)}"]
+    if any(count != "?" and count < 2048 for count in (count_a, count_b)):
+        protocol.append("FID is biased upwards below 2,048 pictures: compare it with the same counts only")
+    return {"FID": frechet_distance(*of_a, *of_b)}, protocol
+
+
+def read_captions(file, folder, paths):
+    """A caption for each picture: from a .json, name → caption, or a text file with a line for each in sorted order."""
+    try:
+        text = Path(file).read_text("utf-8")
+        lines = text.splitlines()
+        if str(file).endswith(".json"):
+            known, names = json.loads(text), [str(path.relative_to(folder)) for path in paths]
+            lines = [known[name] if name in known else known[os.path.splitext(name)[0]] for name in names]
+    except KeyError as error:
+        raise BadInput(
+            f"{file}: has no caption for {error}; expected a picture's path in {folder}, with or without suffix"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: {first_line(error)}; expected captions, as lines or a .json") from error
+    if len(lines) != len(paths):
+        raise BadInput(
+            f"{file}: has {len(lines)} lines for {len(paths)} pictures; expected one each, in the order of their names"
+        )
+    return lines
+
+
+def text_score(name, prefix, shape, a, captions, weights, workers, device):
+    scorer = build(weights, f"the scorer {name}", clip_from_entries, *shape).to(device)
+    paths = list_pictures(a)
+    texts, scores = read_captions(captions, a, paths), []
+    # CLIP's own: the shorter side to the network's size by PIL's bicubic, then the middle.
+    prepare = open_clip.image_transform(scorer.model.visual.image_size, is_train=False, mean=[0.5] * 3, std=[0.5] * 3)
+    for places, images in read_pictures(paths, prepare, workers):
+        scores += scorer(images.to(device), scorer.embed_text([prefix + texts[i] for i in places])).tolist()
+    error = np.std(scores) / len(scores) ** 0.5
+    how = f"{name}: {len(scores)} pictures of {a}, standard error {error:.3f}, {prefix!r} before a caption, bicubic"
+    return {name: float(np.mean(scores))}, [f"{how}, {file_hash(weights)}"]
+
+
+def clip(a, *, captions, weights, workers=WORKERS, device=DEVICE):
+    """CLIP score ×100 as published: ViT-B/32, "A photo depicts" and the caption; captions as lines or a .json, name → caption."""
+    return text_score("CLIP", "A photo depicts ", (True, 64), a, captions, weights, workers, device)
+
+
+def hpsv2(a, *, captions, weights, workers=WORKERS, device=DEVICE):
+    """HPSv2 ×100: ViT-H/14 and the caption as it is."""
+    return text_score("HPSv2", "", (False, 80), a, captions, weights, workers, device)
+
+
+def code_histogram(side, vq, codes, image_size, workers, device):
+    """Of a .npy of codes or a folder of them; or of the codes that the tokenizer gives a folder's pictures."""
+    if vq:
+        prepare = functools.partial(square, image_size)
+        found = [vq.encode(images.to(device)).cpu() for _, images in read_pictures(list_pictures(side), prepare, workers)]
+    else:
+        try:
+            files = sorted(Path(side).rglob("*.npy")) if Path(side).is_dir() else [side]
+            found = [torch.from_numpy(np.load(file).astype(np.int64, casting="safe")) for file in files]
+        except (OSError, TypeError, ValueError) as error:
+            raise BadInput(f"{side}: {first_line(error)}; expected a .npy of codes, or a folder and --vq") from error
+    found = torch.cat([part.flatten() for part in found] or [torch.tensor([-1])])
+    if not 0 <= found.min() <= found.max() < codes:
+        raise BadInput(f"{side}: expected codes from 0 to {codes - 1}; their number is --codes, and pictures need --vq")
+    return len(found), token_histogram(found, codes)
+
+
+def shift(a, b, *, vq="", codes=16384, image_size=256, workers=WORKERS, device=DEVICE):
+    """KL divergence of token histograms, A from B, and entropies: the paper's latent covariate shift."""
+    if vq:
+        from vq import vq_from_entries  # here alone does a measure need a model of ours
+
+        vq = build(vq, "LlamaGen's VQ tokenizer", vq_from_entries).to(device).requires_grad_(False)
+        codes = vq.config.codes
+    (count_a, of_a), (count_b, of_b) = (code_histogram(side, vq, codes, image_size, workers, device) for side in (a, b))
+    numbers = {"token KL": token_kl(of_a, of_b), "KL the other way": token_kl(of_b, of_a)}
+    numbers |= {"entropy": token_entropy(of_a), "entropy of B": token_entropy(of_b)}
+    how = f"nats and bits; one count added to each of the {codes} codes, on both sides"
+    return numbers, [f"token KL: {count_a} codes of {a}, {count_b} of {b}; {how}"]
+
+
+def main():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("metrics.py", None, __doc__, formatter_class=layout, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (fid, statistics, clip, hpsv2, shift):
+        command = commands.add_parser(function.__name__, description=function.__doc__, allow_abbrev=False)
+        command.set_defaults(function=function)
+        for name, parameter in inspect.signature(function).parameters.items():
+            default, option = parameter.default, parameter.kind == parameter.KEYWORD_ONLY
+            kind = {} if default is parameter.empty else {"default": default, "type": type(default), "help": f"[{default}]"}
+            kind |= {"required": not kind} if option else {}
+            command.add_argument("--" * option + name.replace("_", "-"), **kind)
+    given = vars(parser.parse_args())
+    function, _ = given.pop("function"), given.pop("command")
+    try:
+        numbers, protocol = function(**given)
+    except BadInput as error:
+        print(f"metrics.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("   ".join(f"{name} {value:.6g}" for name, value in numbers.items()), *protocol, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -136,7 +136,7 @@ def test_inception_is_the_fid_variant():
 @pytest.mark.parametrize("case", range(3))
 def test_frechet_distance_is_pytorch_fids(case):
     """Else FIDs would not compare; case 2 has fewer samples than dimensions, where a general matrix root goes complex."""
-    a, b = (metrics.feature_statistics(REFERENCE[f"frechet.{side}{case}"]) for side in "xy")
+    a, b = (metrics.feature_statistics(reference(f"frechet.{side}{case}").split(50))[:2] for side in "xy")
     distance = metrics.frechet_distance(*a, *b)
     assert distance == pytest.approx(REFERENCE["frechet.expected"][case], rel=1e-6)
     assert metrics.frechet_distance(*b, *a) == pytest.approx(distance, rel=1e-9)
@@ -145,8 +145,8 @@ def test_frechet_distance_is_pytorch_fids(case):
 
 def test_frechet_distance_needs_two_samples():
     """Else the covariance of one picture is NaN, and so is a number in somebody's table."""
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.feature_statistics(np.zeros((1, 4)))
+    with pytest.raises(metrics.BadInput, match="at least 2"):
+        metrics.feature_statistics([torch.zeros(1, 4)])
 
 
 def test_lpips_is_the_one_llamagen_trained_with():
@@ -155,6 +155,176 @@ def test_lpips_is_the_one_llamagen_trained_with():
     linear = {name: value.abs() for name, value in fill(MANIFESTS["vgg_lpips.pth (linear layers)"]).items()}
     distance = tokenizers.lpips_from_entries(vgg, linear)(reference("lpips.a"), reference("lpips.b"))
     torch.testing.assert_close(distance, reference("lpips.distance"), atol=1e-4, rtol=0)
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def measured(*arguments):
+    """What `python metrics.py` prints: the first line's numbers by name, and everything."""
+    command = [sys.executable, str(HERE / "metrics.py"), *map(str, arguments), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()[0].split("   ")
+    return {name: float(value) for name, value in (word.rsplit(" ", 1) for word in words)}, done.stdout + done.stderr
+
+
+def metrics_refuses(monkeypatch, capsys, *arguments):
+    """The one line with which `python metrics.py` ends, with status 2."""
+    monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, arguments), "--workers", "0", "--device", "cpu"])
+    with pytest.raises(SystemExit) as stopped:
+        metrics.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metrics.py: ")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory):
+    """Folders of 7 and 6 pictures, nested and in three formats, and Inception's file filled by name."""
+    folder = tmp_path_factory.mktemp("fid")
+    torch.save(fill(MANIFESTS["pt_inception-2015-12-05-6726825d.pth"]), folder / "inception.pth")
+    rng = np.random.default_rng(0)
+    for side, count in (("a", 7), ("b", 6)):
+        (folder / side / "more").mkdir(parents=True)
+        for i in range(count):
+            coarse = train.Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            path = folder / side / ("more" if i > 3 else ".") / f"{i}.{['png', 'jpg', 'webp'][i % 3]}"
+            coarse.resize((64, 64)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("preprocess", ["clean", "pytorch-fid"])
+def test_fid_command_is_the_distance_of_the_pictures(two_folders, tmp_path, preprocess):
+    """Else the number in a table is not what a slow reading of the definition gives: all pictures at once, np.cov."""
+    options = ["--weights", two_folders / "inception.pth", "--preprocess", preprocess]
+    numbers, printed = measured("fid", two_folders / "a", two_folders / "b", *options)
+    network = metrics.inception_from_entries(torch.load(two_folders / "inception.pth"))
+    sides = []
+    for side in "ab":
+        pictures = [np.asarray(train.Image.open(path).convert("RGB")) for path in metrics.list_pictures(two_folders / side)]
+        features = network(metrics.prepare_for_inception(np.stack(pictures), preprocess)).double().numpy()
+        sides += [features.mean(0), np.cov(features, rowvar=False)]
+    assert numbers["FID"] == pytest.approx(metrics.frechet_distance(*sides), rel=1e-4)
+    assert "7 pictures" in printed and "6 of" in printed and preprocess in printed and "sha256" in printed and "biased" in printed
+    if preprocess == "clean":  # saved statistics stand for the folder
+        measured("statistics", two_folders / "a", tmp_path / "a.npz", *options)
+        with np.load(tmp_path / "a.npz") as saved:  # what pytorch-fid reads
+            np.testing.assert_allclose(saved["mu"], sides[0], atol=1e-5)
+            np.testing.assert_allclose(saved["sigma"], sides[1], atol=1e-5)
+
+
+def test_a_distance_from_itself_is_zero(two_folders, tmp_path):
+    """Else rounding of a singular covariance (12 samples in 64 dimensions) makes a distance of its own."""
+    mean, covariance, count = metrics.feature_statistics([torch.randn(12, 64, generator=torch.Generator().manual_seed(0))])
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=covariance)
+    numbers, printed = measured("fid", tmp_path / "x.npz", tmp_path / "x.npz", "--weights", two_folders / "inception.pth")
+    assert 0 <= numbers["FID"] < 1e-6 and "? pictures" in printed
+
+
+def test_fid_is_pytorch_fids_own(two_folders, monkeypatch):
+    """Else our FID is another number than that of the program whose name tables cite: its package on the same folders."""
+    inception = pytest.importorskip("pytorch_fid.inception", reason="pip install pytorch-fid compares with the package itself")
+    score = pytest.importorskip("pytorch_fid.fid_score")
+    entries = torch.load(two_folders / "inception.pth")
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: entries)
+    network = inception.InceptionV3([3])
+    theirs = [
+        value
+        for side in "ab"
+        for value in score.calculate_activation_statistics(metrics.list_pictures(two_folders / side), network, 4)
+    ]
+    distance = metrics.fid(
+        two_folders / "a",
+        two_folders / "b",
+        weights=two_folders / "inception.pth",
+        preprocess="pytorch-fid",
+        workers=0,
+        device="cpu",
+    )
+    assert distance[0]["FID"] == pytest.approx(metrics.frechet_distance(*theirs), rel=1e-3)
+
+
+def test_unreadable_pictures_are_named_and_left_out(two_folders, tmp_path):
+    """Else a cut download counts as a picture, or ends an hour's work."""
+    shutil.copytree(two_folders / "a", tmp_path / "a")
+    (tmp_path / "a" / "cut.png").write_bytes((two_folders / "a" / "0.png").read_bytes()[:200])
+    options = ["--weights", two_folders / "inception.pth"]
+    numbers, printed = measured("statistics", tmp_path / "a", tmp_path / "a.npz", *options)
+    assert "cut.png" in printed and "(1 so far)" in printed and numbers["pictures"] == 7
+
+
+def test_metrics_refuse_what_does_not_fit(two_folders, tmp_path, monkeypatch, capsys):
+    """Else a wrong folder or file ends in a traceback, or in a number."""
+    weights, a = ["--weights", two_folders / "inception.pth"], two_folders / "a"
+    says = lambda *arguments: metrics_refuses(monkeypatch, capsys, *arguments)
+    (tmp_path / "empty").mkdir()
+    assert "no pictures" in says("fid", a, tmp_path / "empty", *weights)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"no picture")
+    assert "none of its 1 pictures can be read" in says("fid", tmp_path / "bad", a, *weights)
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert "has 64 features" in says("fid", tmp_path / "narrow.npz", a, *weights)
+    np.savez(tmp_path / "other.npz", mean=np.zeros(64))
+    assert "expected a .npz with mu and sigma" in says("fid", tmp_path / "other.npz", a, *weights)
+    assert "expected Inception" in says("fid", a, a, "--weights", world.FOLDER / "policy.pt")
+    assert "there are clean and pytorch-fid" in says("fid", a, a, *weights, "--preprocess", "none")
+    write_scorer(tmp_path / "scorer.safetensors", True, 64)
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    says_clip = lambda captions: says("clip", a, "--captions", captions, "--weights", tmp_path / "scorer.safetensors")
+    assert "2 lines for 7 pictures" in says_clip(tmp_path / "two.txt")
+    (tmp_path / "some.json").write_text('{"0.png": "a dog"}')
+    assert "has no caption for" in says_clip(tmp_path / "some.json")
+    np.save(tmp_path / "codes.npy", np.array([[1, 16384]]))
+    assert "from 0 to 16383" in says("shift", tmp_path / "codes.npy", tmp_path / "codes.npy")
+    np.save(tmp_path / "float.npy", np.zeros(4))
+    assert "expected a .npy of codes" in says("shift", tmp_path / "float.npy", tmp_path / "codes.npy")
+
+
+@pytest.mark.parametrize("command, quick_gelu, width, prefix", [("clip", True, 64, "A photo depicts "), ("hpsv2", False, 80, "")])
+def test_clip_commands_are_open_clip_on_the_files(two_folders, tmp_path, command, quick_gelu, width, prefix):
+    """Else the published protocol is not the one measured: the caption's prefix, the resize, or a caption of another picture."""
+    write_scorer(tmp_path / "scorer.pt", quick_gelu, width)
+    paths = metrics.list_pictures(two_folders / "a")
+    captions = [f"{i} dogs and a red bus" for i in range(len(paths))]
+    (tmp_path / "lines.txt").write_text("\n".join(captions))
+    names = [str(path.relative_to(two_folders / "a").with_suffix("")) for path in paths]
+    (tmp_path / "names.json").write_text(json.dumps(dict(reversed(list(zip(names, captions))))))
+    options = ["--weights", tmp_path / "scorer.pt", "--captions"]
+    numbers, printed = measured(command, two_folders / "a", *options, tmp_path / "lines.txt")
+    assert measured(command, two_folders / "a", *options, tmp_path / "names.json")[0] == numbers
+    scorer = metrics.clip_from_entries(train.read_entries(tmp_path / "scorer.pt"), quick_gelu, width)
+    prepare = metrics.open_clip.image_transform(scorer.model.visual.image_size, is_train=False)  # its mean and std
+    with torch.no_grad():
+        pictures = torch.stack([prepare(train.Image.open(path).convert("RGB")) for path in paths])
+        text = scorer.model.encode_text(scorer.tokenize([prefix + caption for caption in captions]), normalize=True)
+        expected = 100 * (scorer.model.encode_image(pictures, normalize=True) * text).sum(1).mean().item()
+    assert next(iter(numbers.values())) == pytest.approx(expected, abs=1e-3)
+    assert "7 pictures" in printed and "sha256" in printed
+
+
+def test_shift_command_is_the_closed_form(tmp_path):
+    """Else the paper's latent covariate shift is another number: every code once against one code only, smoothed by one."""
+    np.save(tmp_path / "all.npy", np.arange(16, dtype=np.int16))
+    np.save(tmp_path / "one.npy", np.zeros((2, 8), np.int64))
+    numbers, _ = measured("shift", tmp_path / "all.npy", tmp_path / "one.npy", "--codes", 16)
+    first, rest = 17 / 32, 1 / 32
+    assert numbers["token KL"] == pytest.approx(sum(math.log(1 / 16 / q) / 16 for q in [first] + [rest] * 15), abs=1e-4)
+    assert numbers["KL the other way"] == pytest.approx(sum(q * math.log(16 * q) for q in [first] + [rest] * 15), abs=1e-4)
+    assert numbers["entropy"] == pytest.approx(4, abs=1e-4)
+
+
+def test_shift_of_pictures_is_that_of_their_codes(tmp_path):
+    """Else pictures are encoded in another size or order than the tokenizer was trained for."""
+    pictures = world.draw(world.random_attributes(8, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    vq = tokenizers.vq_from_entries(train.read_entries(world.FOLDER / "vq.pt"))
+    for i, picture in enumerate(pictures):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        train.to_picture(picture).save(tmp_path / f"{i % 2}" / f"{i}.png")
+    numbers, _ = measured("shift", tmp_path / "0", tmp_path / "1", "--vq", world.FOLDER / "vq.pt", "--image-size", 32)
+    saved = (pictures + 1).mul(127.5).round() / 127.5 - 1
+    a, b = (metrics.token_histogram(vq.encode(saved[i::2]), vq.config.codes) for i in range(2))
+    assert numbers["token KL"] == pytest.approx(metrics.token_kl(a, b), abs=1e-4)
 
 
 # ---- sampling and scoring ----------------------------------------------------------------------------------------------
@@ -606,7 +776,7 @@ def write_scorer(path, quick_gelu, head_width):
     model = world.CLIP(32, vision, world.CLIPTextCfg(layers=1, width=64, heads=1), quick_gelu)
     entries = model.state_dict()
     if path.suffix == ".safetensors":
-        train.safetensors.torch.save_file(entries, path)
+        metrics.safetensors.torch.save_file(entries, path)
     else:
         torch.save({"epoch": 1, "state_dict": {name: value.half() for name, value in entries.items()}}, path)
     return model.eval()
@@ -957,6 +1127,79 @@ def test_text_features_are_computed_once_and_kept(public_files, small_t5, tmp_pa
     assert [path.name for path in pictures] == ["000 a red bus.png", "001 an old clock.png"]
     first, second = (np.asarray(train.Image.open(path)) for path in pictures)
     assert first.shape == (32, 32, 3) and (first != second).any()
+
+
+def test_evaluation_is_what_the_metrics_say_of_its_pictures(public_files, two_folders, tmp_path, capsys, monkeypatch):
+    """Else the table is of other pictures than those in the folder, or an interrupted evaluation ends with another number."""
+    write_pairs(tmp_path / "pairs")
+    notes = [{"id": i, "image_id": i % 4, "caption": f"{CAPTIONS[i % 4]} {i}"} for i in range(6)]
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(4)]
+    (tmp_path / "pairs" / "captions_val.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    write_features(tmp_path / "t5", [str(i) for i in range(6)])
+    write_scorer(tmp_path / "b32.safetensors", True, 64)
+    out = tmp_path / "seen"
+    arguments = [
+        "--evaluate",
+        public_files / "policy.pt",
+        "--vq",
+        public_files / "vq_ds16_t2i.pt",
+        "--image-size",
+        32,
+        "--count",
+        3,
+    ]
+    arguments += ["--data", tmp_path / "pairs" / "captions_val.json", "--t5-features", tmp_path / "t5", "--device", "cpu"]
+    arguments += ["--clip-b32", tmp_path / "b32.safetensors", "--inception", two_folders / "inception.pth", "--out", out]
+    printed = finished(*arguments).stdout
+    names, values = (
+        line.split() for line in printed.replace("the other way", "back").replace("token KL", "shift").strip().split("\n")[:2]
+    )
+    samples = sorted((out / "samples").glob("*.png"))
+    assert len(samples) == 3 and len(list((out / "real").glob("*.png"))) == 3
+    captions = json.loads((out / "captions.json").read_text())
+    assert len({int(name) % 4 for name in captions}) == 3  # three images, not three captions of one
+    options = {"workers": 0, "device": "cpu"}
+    expected = {
+        "CLIP": metrics.clip(out / "samples", captions=out / "captions.json", weights=tmp_path / "b32.safetensors", **options),
+        "shift": metrics.shift(out / "samples", out / "real", codes=64, **options),
+    }
+    for name, (numbers, _) in expected.items():
+        assert float(values[names.index(name)]) == pytest.approx(next(iter(numbers.values())), abs=2e-3)
+    assert "3 pictures" in printed and "guidance 6.0" in printed and "Lanczos" in printed and printed.count("sha256") == 4
+
+    # What is there stays, what lacks comes back as it was; other settings do not mix with it.
+    was = samples[1].read_bytes()
+    samples[1].unlink()
+    times = samples[0].stat().st_mtime_ns, (out / "real" / samples[0].name).stat().st_mtime_ns
+    monkeypatch.setattr(train.metrics, "fid", lambda *_, **__: ({"FID": 0.0}, []))  # seconds of eigenvalues, measured above
+    train.evaluate(train.parse_settings([str(x) for x in arguments]))
+    assert samples[1].read_bytes() == was
+    assert times == (samples[0].stat().st_mtime_ns, (out / "real" / samples[0].name).stat().st_mtime_ns)
+    assert "drawn with --guidance 6.0" in refused(capsys, monkeypatch, *arguments, "--guidance", 2)
+
+
+def test_a_run_on_scenes_is_evaluated_as_it_measured_itself(small_run, tmp_path):
+    """Else `--evaluate` takes another decoder than the run's own: the EMA, with the policy beside it."""
+    out, _ = small_run
+    row = json.loads((out / "results.json").read_text())[-1]
+    printed = finished("--evaluate", out, "--samples", 32, "--device", "cpu", "--out", tmp_path).stdout
+    names, values = (line.split() for line in printed.strip().split("\n")[:2])
+    assert {name: float(value) for name, value in zip(names[1:], values[1:])} == {name: round(row[name], 3) for name in names[1:]}
+    assert "own feature net" in printed
+
+
+def test_prompts_are_drawn_in_genevals_layout(tmp_path):
+    """Else its evaluator finds no picture: DIR/00000/metadata.jsonl, the prompt's own line, and samples/0000.png to 0003.png."""
+    captions = ["large red plain circle middle center on white", "small blue plain ring top left on black"]
+    lines = [json.dumps({"tag": "single_object", "prompt": caption}) for caption in captions]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "geneval"
+    finished("--prompts", tmp_path / "prompts.jsonl", "--layout", "geneval", "--out", out, "--device", "cpu")
+    assert [(out / f"{i:05d}" / "metadata.jsonl").read_text() for i in range(2)] == lines
+    pictures = [(out / f"{i:05d}" / "samples" / f"{k:04d}.png").read_bytes() for i in range(2) for k in range(4)]
+    assert len(set(pictures)) == 8
+    ground = [np.asarray(train.Image.open(out / f"{i:05d}" / "samples" / "0000.png"))[-3, -3].mean() for i in range(2)]
+    assert ground[0] > 150 > 100 > ground[1]
 
 
 def test_sample_draws_scenes(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,8 @@
     python train.py --ckpt FILE --sample "a red bus"        pictures from any checkpoint in LlamaGen's layout
     python train.py … --resume                              go on where the same command was interrupted
     torchrun --nproc_per_node=8 train.py …                  on several GPUs
-    python train.py --pretrain                              make the embedded world's base again
+    python train.py --pretrain --base DIR                   make the embedded world's base again, with --seed
+    python train.py --compare --seed 1 --seeds 5            the embedded world: all arms beside each other, a table, two figures
 
 Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` below holds the
 embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), pictures, and policy.pt, vq.pt and their EMAs
@@ -25,25 +26,35 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import tarfile
 import textwrap
 import time
-import warnings
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metrics import clip_from_entries
+import metrics
+from metrics import (
+    SUFFIXES,
+    UNREADABLE,
+    BadInput,
+    build,
+    clip_from_entries,
+    file_hash,
+    first_line,
+    read_checkpoint,
+    read_entries,
+    square,
+)
 from policy import left_pad, policy_from_entries, t5_features
 from rankee import Method, Players, draw, in_rows, one_round
 from scenes import world
@@ -71,14 +82,30 @@ class Settings(Method):
     lpips: Annotated[str, "file of LPIPS' linear layers"] = ""
     workers: Annotated[int, "processes that read images; 0: none, the run reads them itself"] = 4
     sample: Annotated[list[str], "captions: write a picture of each to --out and stop"] = ()
+    prompts: Annotated[str, "a file of captions, a line each, for the same"] = ""
+    layout: Annotated[Literal["plain", "geneval"], "geneval: its folders, for its evaluation_metadata.jsonl in --prompts"] = (
+        "plain"
+    )
+    evaluate: Annotated[str, "a policy's file or a run's folder: draw for --count captions of --data, measure and stop"] = ""
+    count: Annotated[int, "pictures that --evaluate draws", 2] = 30000
+    clip_b32: Annotated[str, "CLIP ViT-B/32's file, for --evaluate"] = ""
+    inception: Annotated[str, "Inception's file, for --evaluate"] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: the GPU where there is one"] = "auto"
     precision: Annotated[Literal["auto", "float32", "bf16"], "of passes, weights are float32; auto: bf16 on a GPU"] = "auto"
+    base: Annotated[str, "folder of the embedded world's base, which --pretrain writes; default: scenes/"] = ""
     samples: Annotated[int, "pictures in an evaluation of the embedded world", 2] = 2048
+    measure_every: Annotated[int, "rounds between evaluations of the embedded world; 0: the last round alone"] = 0
     save_every: Annotated[int, "rounds between checkpoints and pictures; the last round always makes them", 1] = 500
     resume: Annotated[bool, "go on from the newest checkpoint in --out"] = False
     changed: Annotated[bool, "with --resume: go on although the settings are not those of the checkpoint"] = False
     patience: Annotated[int, "rounds in a row without finite numbers, and so without an update, that end the run", 1] = 5
-    pretrain: Annotated[bool, "make the embedded world's base in scenes/ and stop"] = False
+    pretrain: Annotated[bool, "make the embedded world's base and stop; with --compare: one for each seed"] = False
+    compare: Annotated[bool, "run all arms on the embedded world and compare them; with --resume: go on with that"] = False
+    seeds: Annotated[int, "how many seeds --compare takes, from --seed on", 1] = 1
+
+    @property
+    def base_folder(self):
+        return Path(self.base or world.FOLDER)
 
 
 # The embedded world, found by measurement (scenes/ says what it is). Everything else is `Method`'s default.
@@ -89,10 +116,6 @@ SCENES = dict(
     lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.95,
     weight_by="zscore", gan_start=0, lambda_d=0.6, lambda_g=0.5, lambda_c=2.0, real_images=32,
 )  # fmt: skip
-
-
-class BadInput(Exception):
-    """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do. Status 2."""
 
 
 def parse_settings(arguments):
@@ -119,8 +142,18 @@ def parse_settings(arguments):
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, cutoff=0)
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
-    preset = {} if "ckpt" in given and getattr(given, "data", "") != "scenes" else SCENES
-    settings = Settings(**(defaults | preset | vars(given)))
+    given = vars(given)
+    public = given["data"] != "scenes" if "data" in given else "ckpt" in given
+    preset = {} if public else SCENES
+    if given.get("compare"):
+        preset = preset | {"out": "runs/compare", "measure_every": 20}
+    if "evaluate" in given:
+        run_or_file = Path(given["evaluate"])
+        preset = preset | {"out": "runs/evaluation", "ckpt": given["evaluate"]}
+        if run_or_file.is_dir():
+            decoder = next((name for name in ("vq_ema.pt", "vq.pt") if (run_or_file / name).exists()), "vq_ema.pt")
+            preset |= {"ckpt": str(run_or_file / "policy.pt"), "vq": str(run_or_file / decoder)}
+    settings = Settings(**(defaults | preset | given))
     check_settings(settings)
     beside = str(Path(settings.data)) + ".t5" if settings.data not in ("", "scenes") else ""
     return dataclasses.replace(settings, t5_features=settings.t5_features or beside)
@@ -150,55 +183,6 @@ def check_settings(s):
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path):
-    """What a .pt or .safetensors file holds, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
-            # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a file fails in many ways, by damage or because it would run code; none is a reason to go on
-        raise BadInput(f"{path}: damaged, or no checkpoint of plain weights ({first_line(error)}); get it again") from error
-
-
-def read_entries(path):
-    """The state dict in a checkpoint: under `model`, `module` or `state_dict` or bare, wrappers' prefixes taken off."""
-    entries = read_checkpoint(path)
-    for key in ("model", "module", "state_dict"):
-        if isinstance(entries, dict) and isinstance(entries.get(key), dict):
-            entries = entries[key]
-    tensors = isinstance(entries, dict) and all(isinstance(value, torch.Tensor) for value in entries.values())
-    if not tensors or not entries or not all(isinstance(name, str) for name in entries):
-        raise BadInput(f"{path}: holds no state dict; expected tensors by name, bare or under model, module or state_dict")
-    for prefix in ("module.", "_orig_mod."):
-        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
-    for name, value in entries.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise BadInput(f"{path}: {name} holds numbers that are not finite; get it again")
-    return entries
-
-
-def build(path, what, from_entries, *more):
-    """`from_entries` on a file's entries and `more`; what does not fit becomes BadInput with the first offender's name."""
-    try:
-        return from_entries(read_entries(path), *more)
-    except KeyError as error:
-        raise BadInput(f"{path}: has no entry {error}; expected {what}") from error
-    except (RuntimeError, ValueError) as error:
-        problems = [line.strip() for line in str(error).splitlines()]
-        problem = problems[1] if len(problems) > 1 else problems[0]
-        raise BadInput(f"{path}: does not fit {what}: {problem[:300]}") from error
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
 
 
 def write_whole(path, write):
@@ -234,6 +218,11 @@ def save(out, p, s, done):
         old.unlink()
 
 
+def differences(was, now):
+    """The options of settings `was` that are not those of `now`."""
+    return ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name])
+
+
 def newest_checkpoint(out, s, changed):
     """The newest checkpoint in `out` that can be read, or round 0. Raises BadInput where its settings are not `s`, unless `changed`."""
     for path in sorted(out.glob("state-*.pt"), reverse=True):
@@ -242,8 +231,7 @@ def newest_checkpoint(out, s, changed):
         except BadInput as error:
             print(f"train.py: {error}; the one before it is used", file=sys.stderr)
             continue
-        was, now = state["settings"], dataclasses.asdict(s)
-        other = ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name])
+        other = differences(state["settings"], dataclasses.asdict(s))
         if other and not changed:
             raise BadInput(f"--resume: {path} was made with {other}; give that again, or --changed to go on without")
         return state
@@ -282,6 +270,8 @@ PUBLIC = {
     "t5": (("flan-t5-xl",), f"{HUB}/google/flan-t5-xl"),
     "clip": (("open_clip_model.safetensors",), f"{HUB}/timm/vit_large_patch14_clip_224.openai"),
     "hpsv2": (("HPS_v2.1_compressed.pt",), f"{HUB}/xswu/HPSv2"),
+    "clip_b32": (("ViT-B-32.safetensors",), f"{HUB}/timm/vit_base_patch32_clip_224.openai, open_clip_model.safetensors there"),
+    "inception": (("pt_inception-2015-12-05-6726825d.pth",), "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"),
     "vgg": (("vgg16-397923af.pth",), "https://download.pytorch.org/models/vgg16-397923af.pth"),
     "lpips": (("vgg.pth",), "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"),
     "data": (("images with captions",), "your disk; --help and the README say in which layouts"),
@@ -335,7 +325,7 @@ def same_name_pairs(source):
     texts = {name.removesuffix(".txt"): place for name, place in files if name.endswith(".txt")}
     for name, place in files:
         name, suffix = os.path.splitext(name)
-        if suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+        if suffix.lower() in SUFFIXES:
             yield name, place, read_place(texts[name]) if name in texts else b""
 
 
@@ -384,12 +374,14 @@ class Pairs(Dataset):
     def __init__(self, pairs, features, image_size, prefix, seed):
         self.pairs, self.features, self.image_size, self.prefix, self.seed = pairs, features, image_size, prefix, seed
 
+    def read_features(self, name):
+        return torch.from_numpy(np.load(self.features / f"{name}.npy"))[0, : self.prefix]
+
     def read(self, name, image, caption):
         """Caption, text features (n, C) and image (3, H, W) in [-1, 1], its middle square."""
-        features = torch.from_numpy(np.load(self.features / f"{name}.npy"))[0, : self.prefix]
+        features = self.read_features(name)
         with Image.open(io.BytesIO(read_place(image))) as picture:
-            picture = ImageOps.fit(picture.convert("RGB"), (self.image_size,) * 2, Image.Resampling.LANCZOS)
-        return caption, features, torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+            return caption, features, square(self.image_size, picture.convert("RGB"))
 
     def __getitem__(self, position):
         """What `read` gives, and a line on each pair skipped before it: an unreadable one leaves its place to the next."""
@@ -399,7 +391,7 @@ class Pairs(Dataset):
         for i in torch.randperm(len(self.pairs), generator=generator).roll(-place).tolist():
             try:
                 return self.read(*self.pairs[i]), skipped
-            except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 skipped.append(f"{self.pairs[i][0]}: {first_line(error)}")
         return None, skipped
 
@@ -499,11 +491,11 @@ def load_pair(s):
     """Policy and tokenizer, on the CPU, with the device and the autocast of their passes. Raises BadInput where they do not fit."""
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
-    vq = build(s.vq or world.FOLDER / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries)
+    vq = build(s.vq or s.base_folder / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries)
     grid, rest = divmod(s.image_size, factor := 2 ** (len(vq.config.multipliers) - 1))
     if rest:
         raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {factor}")
-    policy_file, sizes = s.ckpt or world.FOLDER / "policy.pt", (grid, s.head_size or None)
+    policy_file, sizes = s.ckpt or s.base_folder / "policy.pt", (grid, s.head_size or None)
     policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes)
     if policy.config.codes != vq.config.codes:
         raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
@@ -578,12 +570,16 @@ def run(s):
         s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", *text, *judges, "data"])
     resume, changed, s = s.resume, s.changed, dataclasses.replace(s, resume=False, changed=False)  # a checkpoint's settings
     state = newest_checkpoint(out, s, changed) if resume else {"round": 0}
+    results = out / "results.json"
+    rows = json.loads(results.read_text()) if resume and results.exists() else []
+    if rows and rows[-1]["round"] == s.rounds == state["round"]:
+        return print_table(rows)  # all done before
     policy, vq, device, autocast = load_pair(s)
     if s.data == "scenes" and policy.config.prefix <= len(world.ATTRIBUTES):
         raise BadInput(f"{s.ckpt}: takes captions of {policy.config.prefix} words; a scene's has more")
     rank, processes = join_processes(device)
     if s.data == "scenes":
-        w = world.Scenes(read_checkpoint(world.FOLDER / "judges.pt"), s, policy.config, vq.to(device), device)
+        w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
     else:
         w = PublicWorld(s, policy.config, device, autocast, state["round"], rank, processes)
     policy, vq = policy.to(device), vq.to(device)
@@ -595,7 +591,9 @@ def run(s):
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
     prompts = w.features, w.text_mask, w.noise
     codes, before = paint(policy, [base_vq], s, autocast, prompts)
-    rows = [{"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)}] if s.data == "scenes" else []
+    rows = [row for row in rows if 0 < row["round"] <= state["round"]]
+    if s.data == "scenes":
+        rows.insert(0, {"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)})
 
     # Where an earlier run stopped
     for name in STATE if state["round"] else []:
@@ -608,7 +606,8 @@ def run(s):
 
     # Post-train
     received, skipped = listen(), 0
-    with open(log_path if rank == 0 else os.devnull, "a") as log_file, tqdm(total=s.rounds, disable=rank > 0) as bar:
+    silent = {"disable": True} if rank > 0 else {}  # left out, TQDM_DISABLE decides
+    with open(log_path if rank == 0 else os.devnull, "a") as log_file, tqdm(total=s.rounds, **silent) as bar:
         bar.update(state["round"])
         for step in range(state["round"], s.rounds):
             start = time.perf_counter()
@@ -633,7 +632,12 @@ def run(s):
                     + f"  NO UPDATE ({skipped} in a row): {', '.join(wrong)}" * bool(wrong)
                 )
             bar.update()
-            if rank == 0 and (stop or (step + 1) % s.save_every == 0 or step + 1 == s.rounds):
+            last = step + 1 == s.rounds
+            if rank == 0 and s.data == "scenes" and (last or s.measure_every and (step + 1) % s.measure_every == 0):
+                measured = w.measure(*paint(policy, [p.vq_ema], s, autocast, prompts))
+                rows.append({"arm": NAMES[s.arm], "seed": s.seed, "round": step + 1, **measured})
+                write_whole(results, lambda path: path.write_text(json.dumps(rows, indent=1)))
+            if rank == 0 and (stop or (step + 1) % s.save_every == 0 or last):
                 save(out, p, s, step + 1)
                 _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
                 columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
@@ -648,45 +652,290 @@ def run(s):
 
     # What came of it
     if s.data == "scenes":
-        measured = w.measure(*paint(policy, [p.vq_ema], s, autocast, prompts))
-        rows.append({"arm": NAMES[s.arm], "seed": s.seed, "round": s.rounds, **measured})
-        write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
         print_table(rows)
     if device == "cuda":
         print(f"\nPeak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
     print(f"\nPictures, log and checkpoints are in {out}")
 
 
+# ---- pictures from a checkpoint ----------------------------------------------------------------------------------------
+
+
+def claim_pictures(s):
+    """Notes in --out what its pictures are drawn with. Raises BadInput where they are another command's."""
+    note = Path(s.out) / "pictures.json"
+    now = json.loads(json.dumps(dataclasses.asdict(s) | {"count": 0}))  # as it comes back
+    if note.exists() and (other := differences(json.loads(note.read_text()), now)):
+        raise BadInput(f"--out {s.out} holds pictures drawn with {other}; give that again, or name another folder")
+    make_folder(Path(s.out))
+    write_whole(note, lambda path: path.write_text(json.dumps(now)))
+
+
+def write_picture(path, image, codes):
+    make_folder(path.parent)
+    write_whole(path.with_suffix(".npy"), lambda temporary: np.save(temporary, codes.cpu().numpy()))
+    write_whole(path, lambda temporary: to_picture(image).save(temporary, "PNG"))
+
+
+def write_pictures(s, pair, paths, features_of):
+    """A picture at each path that is not there yet, from text features `features_of(i)` (n, C), and its codes (N,) beside it as .npy.
+
+    Picture i is a function of the files, the settings and i alone, whatever else is drawn and in how many goes.
+    """
+    policy, vq, device, autocast = pair
+    policy, vq, N = policy.to(device), vq.to(device), policy.config.grid**2
+    lacking = [i for i, path in enumerate(paths) if not path.exists()]
+    for chunk in tqdm([lacking[i : i + s.sample_batch] for i in range(0, len(lacking), s.sample_batch)], "pictures"):
+        features, text_mask = left_pad([features_of(i) for i in chunk], policy.config.prefix)
+        noise = [torch.rand(1, N, generator=torch.Generator().manual_seed(s.seed * 10**7 + i)) for i in chunk]
+        prompts = [tensor.to(device) for tensor in (features, text_mask, torch.stack(noise))]
+        codes, images = paint(policy, [vq], s, autocast, prompts)
+        for path, code, image in zip([paths[i] for i in chunk], codes, images):
+            write_picture(path, image, code)
+
+
+def read_prompts(s):
+    """The captions of --sample and --prompts, and GenEval's own line for each of its captions."""
+    try:
+        lines = [line for line in Path(s.prompts).read_text("utf-8").splitlines() if line.strip()] if s.prompts else []
+        captions = [json.loads(line)["prompt"] for line in lines] if s.layout == "geneval" else lines
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"--prompts {s.prompts}: {first_line(error)}; expected a caption a line, GenEval's .jsonl for its layout"
+        ) from error
+    return [*s.sample, *captions], [""] * len(s.sample) + lines
+
+
 def write_samples(s):
-    """A picture of each caption in --sample, in --out."""
+    """Pictures of each caption in --sample and --prompts, in --out: one, or four in GenEval's layout."""
     s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", "t5"]) if s.ckpt else s
-    policy, vq, device, autocast = load_pair(s)
-    c = policy.config
+    captions, lines = read_prompts(s)
+    pair = load_pair(s)
+    policy, _, device, autocast = pair
+    c, out = policy.config, Path(s.out)
     if s.data == "scenes":
-        for text in s.sample:
+        for text in captions:
             if not 0 < len(text.split()) <= c.prefix or not set(text.split()) <= set(world.VOCABULARY):
                 known = ", ".join(world.VOCABULARY[1:-1])
                 raise BadInput(f"--sample {text!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
-        features = world.word_features(s.sample, c.caption_dim)
+        features = world.word_features(captions, c.caption_dim)
     else:
-        features = list(t5_features(s.t5, s.sample, c.prefix, device, autocast))
-    features, text_mask = left_pad(features, c.prefix)
-    noise = torch.rand(len(s.sample), 1, c.grid**2, generator=torch.Generator().manual_seed(s.seed))
-    prompts = [tensor.to(device) for tensor in (features, text_mask, noise)]
-    _, images = paint(policy.to(device), [vq.to(device)], s, autocast, prompts)
-    make_folder(Path(s.out))
-    for number, (text, image) in enumerate(zip(s.sample, images)):
-        path = Path(s.out) / f"{number:03d} {re.sub('[^a-z0-9]+', ' ', text.lower())[:60].strip()}.png"
-        write_whole(path, lambda temporary: to_picture(image).save(temporary, "PNG"))
-        print(path)
+        features = list(t5_features(s.t5, captions, c.prefix, device, autocast))
+    claim_pictures(s)
+    if s.layout == "geneval":
+        for i, line in enumerate(lines):
+            make_folder(out / f"{i:05d}")
+            write_whole(out / f"{i:05d}" / "metadata.jsonl", lambda path: path.write_text(line, "utf-8"))
+        paths = [out / f"{i:05d}" / "samples" / f"{k:04d}.png" for i in range(len(captions)) for k in range(4)]
+    else:
+        plain = [re.sub("[^a-z0-9]+", " ", text.lower())[:60].strip() for text in captions]
+        paths = [out / f"{i:03d} {text}.png" for i, text in enumerate(plain)]
+    write_pictures(s, pair, paths, lambda i: features[i * len(captions) // len(paths)])
+    print(*paths, sep="\n")
+
+
+# The paper's row of a public file: MS-COCO, 30,000 pictures.
+PAPER = {"t2i_XL_stage1_256.pt": {"CLIP": 31.54, "FID": 15.24, "token KL": 0.091}}
+
+
+def evaluate(s):
+    """What the paper reports of a checkpoint: draws a picture for --count captions, each of another image, and measures them."""
+    if s.data == "scenes":
+        policy, vq, device, autocast = load_pair(s)
+        w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
+        codes, images = paint(policy.to(device), [vq], s, autocast, (w.features, w.text_mask, w.noise))
+        print_table([{"checkpoint": Path(s.ckpt).name if s.ckpt else "base", **w.measure(codes, images)}])
+        print(f"\n{s.samples} scenes, seed {s.seed}; Fréchet distances by the embedded world's own feature net, not Inception")
+        return
+    text = [] if Path(s.t5_features or "?").exists() else ["t5"]
+    s, out = find_files(s, ["ckpt", "vq", *text, "clip_b32", "inception", "data"]), Path(s.out)
+    pair = load_pair(s)
+    pairs, _ = list_pairs(s.data)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
+    chosen = list({pairs[i][1]: pairs[i] for i in order}.values())[: s.count]  # one caption an image
+    policy, vq, device, autocast = pair
+    folder = complete_features(s, chosen, policy.config, device, autocast)
+    claim_pictures(s)
+    stream, names = Pairs(chosen, folder, s.image_size, policy.config.prefix, s.seed), {}
+    for name, image, caption in tqdm(chosen, "real pictures"):
+        path = out / "real" / f"{name}.png"
+        try:
+            if not path.exists():
+                real = stream.read(name, image, caption)[2].to(device)
+                write_picture(path, real, vq.to(device).encode(real[None])[0])
+            names[name] = caption
+        except UNREADABLE as error:
+            tqdm.write(f"skipped {name}: {first_line(error)}", file=sys.stderr)
+    write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
+    paths = [out / "samples" / f"{name}.png" for name in names]
+    write_pictures(s, pair, paths, lambda i: stream.read_features(list(names)[i]))
+
+    drawn, real, common = out / "samples", out / "real", {"workers": s.workers, "device": device}
+    results = [
+        metrics.clip(drawn, captions=out / "captions.json", weights=s.clip_b32, **common),
+        metrics.fid(drawn, real, weights=s.inception, **common),
+        metrics.shift(drawn, real, codes=policy.config.codes, **common),
+    ]
+    row = {"checkpoint": Path(s.ckpt).name[:14], **{name: value for numbers, _ in results for name, value in numbers.items()}}
+    paper = PAPER.get(Path(s.ckpt).name, {})
+    print_table([row] + [{name: paper.get(name, "") for name in row} | {"checkpoint": "paper"}] * bool(paper))
+    print(f"\nDrawn for {len(names)} captions of {s.data}, one an image; seed {s.seed}, guidance {s.guidance}, top-k {s.top_k},")
+    print(f"temperature {s.temperature}; {s.image_size} px, middle squares, Lanczos; {file_hash(s.ckpt)}, {file_hash(s.vq)}")
+    print(*(line for _, protocol in results for line in protocol), sep="\n")
+
+
+# ---- all arms beside each other ----------------------------------------------------------------------------------------
+
+# Name → the options that make it of RankE. All have the same base, seeds and number of rollouts.
+ARMS = {
+    "real images": "--arm decoder --lambda-d 0 --lambda-c 0 --gan none --fakes reconstruction",  # a decoder trained longer
+    "standard RL": "--arm policy",
+    "decoder only": "--arm decoder --gan rank",
+    "uniform GAN": "--arm both --gan uniform",
+    "RankE": "--arm both --gan rank",
+}
+
+
+def side_by_side(commands, at_once):
+    """Runs this program with each of the lists of options, some at once with a core each. A failure, or a signal to this
+    process, stops them all, each after its round and a save, and then this one with the same status."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    received, waiting, running, status = listen(), list(commands), [], 0
+    with tqdm(total=len(commands), unit="run") as bar:
+        while running or waiting:
+            if waiting and len(running) < at_once:
+                command = [sys.executable, __file__, *waiting.pop(0)]
+                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
+                continue
+            time.sleep(0.2)
+            ended = [child for child in running if child.poll() is not None]
+            running = [child for child in running if child not in ended]
+            if ended:
+                bar.update(len(ended))
+            status = 128 + received[0] if received else next((child.returncode for child in ended if child.returncode), 0)
+            if status:
+                for child in running:
+                    child.terminate()
+                for child in running:
+                    child.wait()
+                sys.exit(status)
+
+
+@torch.no_grad()
+def swap(s, folders):
+    """Rows of measurements of every policy of one seed with every decoder; `folders`: arm → that of its run."""
+    pairs = {"base": load_pair(s)}
+    for arm, folder in folders.items():
+        pairs[arm] = load_pair(dataclasses.replace(s, ckpt=str(folder / "policy.pt"), vq=str(folder / "vq_ema.pt")))
+    policy, vq, device, autocast = pairs["base"]
+    w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
+    decoders = {arm: pair[1].to(device) for arm, pair in pairs.items() if arm != "standard RL"}
+    for arm, (policy, *_) in pairs.items():
+        if "--arm decoder" not in ARMS.get(arm, ""):
+            codes, *painted = paint(policy.to(device), decoders.values(), s, autocast, (w.features, w.text_mask, w.noise))
+            for decoder, images in zip(decoders, painted):
+                yield {"policy": arm, "decoder": decoder, "seed": s.seed, **w.measure(codes, images)}
+
+
+def print_comparison(rows):
+    """Means and standard deviations over the seeds after the last round, then differences within a seed to two of the arms."""
+    last = {(row["arm"], row["seed"]): row for row in rows}  # a later round's row replaces an earlier one's
+    names, seeds = list(rows[0])[3:], sorted({row["seed"] for row in rows})
+    for title, reference in {"": "", "minus base": "base", "minus standard RL": "standard RL"}.items():
+        print("\n" + f"{title:18}" + "".join(f"{name:>19}" for name in names))
+        for arm in ["base", *ARMS]:
+            cells = [[last[arm, n][name] - (last[reference, n][name] if reference else 0) for n in seeds] for name in names]
+            print(f"{arm:18}" + "".join(f"{np.mean(cell):10.3f} ± {np.std(cell, ddof=len(seeds) > 1):6.3f}" for cell in cells))
+
+
+def draw_comparison(out, rows, swaps):
+    """pareto.png: reward against distance over the rounds; swap.png: the distance of every policy through every decoder."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="CLIP ×100 (higher is better)", ylabel="Fréchet distance (lower is better)")
+    mean = lambda chosen, name: np.mean([row[name] for row in chosen])
+    for arm in ARMS:
+        rounds = sorted({row["round"] for row in rows})
+        chosen = [[row for row in rows if row["round"] == n and row["arm"] in (arm, "base")] for n in rounds]
+        axes.plot([mean(c, "clip") for c in chosen], [mean(c, "frechet") for c in chosen], "o-", markersize=3, label=arm)
+    axes.legend()
+    write_whole(out / "pareto.png", lambda path: figure.savefig(path, format="png", dpi=110))
+
+    policies, decoders = (list(dict.fromkeys(row[side] for row in swaps)) for side in ("policy", "decoder"))
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="decoder", ylabel="policy", title="Fréchet distance (CLIP ×100)")
+    axes.set_xticks(range(len(decoders)), decoders)
+    axes.set_yticks(range(len(policies)), policies)
+    cell = lambda name: [
+        [mean([r for r in swaps if (r["policy"], r["decoder"]) == (p, d)], name) for d in decoders] for p in policies
+    ]
+    frechet, clip = cell("frechet"), cell("clip")
+    axes.imshow(frechet, cmap="RdYlGn_r", aspect="auto")
+    for y, x in np.ndindex(len(policies), len(decoders)):
+        axes.text(x, y, f"{frechet[y][x]:.1f}\n({clip[y][x]:.1f})", ha="center", va="center")
+    write_whole(out / "swap.png", lambda path: figure.savefig(path, format="png", dpi=110))
+
+
+def compare(s, arguments):
+    """Every arm with every seed, each an ordinary run in a folder of its own; then the table and the figures."""
+    if s.data != "scenes":
+        raise BadInput("--compare: the arms are compared on the embedded world; leave --data out")
+    if not importlib.util.find_spec("matplotlib"):
+        raise BadInput("--compare draws figures: pip install matplotlib")
+    out = Path(s.out)
+    make_folder(out, *([] if s.resume else ["results.json"]))
+    seeds, bases, runs = range(s.seed, s.seed + s.seeds), [], []
+    for seed in seeds:
+        folder = out / f"seed-{seed}"
+        base = folder / "base" if s.pretrain else s.base_folder
+        common = [*arguments, "--no-compare", "--no-pretrain", "--seed", str(seed), "--base", str(base)]
+        if s.pretrain and not (base / "judges.pt").exists():
+            bases.append([*common, "--pretrain"])
+        runs += [
+            [
+                *common,
+                "--measure-every",
+                str(s.measure_every),
+                "--resume",
+                "--out",
+                str(folder / arm.replace(" ", "-")),
+                *options.split(),
+            ]
+            for arm, options in ARMS.items()
+        ]
+    side_by_side(bases, 1)  # each has two processes of its own
+    side_by_side(runs, os.cpu_count())
+
+    rows, swaps = [], []
+    for seed in seeds:
+        folders = {arm: out / f"seed-{seed}" / arm.replace(" ", "-") for arm in ARMS}
+        found = {arm: json.loads((folder / "results.json").read_text()) for arm, folder in folders.items()}
+        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm][1:])]
+        known = out / f"seed-{seed}" / "swap.json"
+        if not known.exists():
+            base = out / f"seed-{seed}" / "base" if s.pretrain else s.base_folder
+            found = list(swap(dataclasses.replace(s, seed=seed, base=str(base)), folders))
+            write_whole(known, lambda path: path.write_text(json.dumps(found, indent=1)))
+        swaps += json.loads(known.read_text())
+    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows + swaps, indent=1)))
+    print_comparison(rows)
+    draw_comparison(out, rows, swaps)
+    print(f"\nTable, figures and all runs are in {out}")
 
 
 def main():
     try:
         settings = parse_settings(sys.argv[1:])
-        if settings.pretrain:
-            world.pretrain(world.FOLDER, settings.seed)
-        elif settings.sample:
+        if settings.compare:
+            compare(settings, sys.argv[1:])
+        elif settings.pretrain:
+            make_folder(settings.base_folder)
+            for name, content in world.pretrain(settings.seed).items():  # judges.pt is the last: with it the base is whole
+                write_whole(settings.base_folder / name, lambda path: torch.save(content, path))
+        elif settings.evaluate:
+            evaluate(settings)
+        elif settings.sample or settings.prompts:
             write_samples(settings)
         else:
             run(settings)
