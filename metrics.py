@@ -469,7 +469,7 @@ def shift(a, b, *, vq="", codes=16384, image_size=256, workers=WORKERS, device=D
         vq = build(vq, "LlamaGen's VQ tokenizer", vq_from_entries).to(device).requires_grad_(False)
         codes = vq.config.codes
     (count_a, of_a), (count_b, of_b) = (code_histogram(side, vq, codes, image_size, workers, device) for side in (a, b))
-    numbers = {"token KL": token_kl(of_a, of_b), "KL the other way": token_kl(of_b, of_a)}
+    numbers = {"token KL": token_kl(of_a, of_b), "reverse KL": token_kl(of_b, of_a)}
     numbers |= {"entropy": token_entropy(of_a), "entropy of B": token_entropy(of_b)}
     how = f"nats and bits; one count added to each of the {codes} codes, on both sides"
     return numbers, [f"token KL: {count_a} codes of {a}, {count_b} of {b}; {how}"]

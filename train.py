@@ -148,15 +148,12 @@ def parse_settings(arguments):
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
     if "evaluate" in given:
-        run_or_file = Path(given["evaluate"])
         preset = preset | {"out": "runs/evaluation", "ckpt": given["evaluate"]}
-        if run_or_file.is_dir():
-            decoder = next((name for name in ("vq_ema.pt", "vq.pt") if (run_or_file / name).exists()), "vq_ema.pt")
-            preset |= {"ckpt": str(run_or_file / "policy.pt"), "vq": str(run_or_file / decoder)}
-    settings = Settings(**(defaults | preset | given))
-    check_settings(settings)
-    beside = str(Path(settings.data)) + ".t5" if settings.data not in ("", "scenes") else ""
-    return dataclasses.replace(settings, t5_features=settings.t5_features or beside)
+    s = Settings(**(defaults | preset | given))
+    check_settings(s)
+    ckpt = str(Path(s.ckpt) / "policy.pt") if s.ckpt and Path(s.ckpt).is_dir() else s.ckpt  # what a run leaves
+    beside = str(Path(s.data)) + ".t5" if s.data not in ("", "scenes") else ""
+    return dataclasses.replace(s, ckpt=ckpt, t5_features=s.t5_features or beside)
 
 
 def check_settings(s):
@@ -266,7 +263,7 @@ HUB = "https://huggingface.co"
 # What a run on a public policy needs: option → names it goes by, and where it is published.
 PUBLIC = {
     "ckpt": (("t2i_XL_stage1_256.pt",), f"{HUB}/peizesun/llamagen_t2i"),
-    "vq": (("vq_ds16_t2i.pt", "vq_ema.pt"), f"{HUB}/peizesun/llamagen_t2i"),  # the second: what a run of ours leaves
+    "vq": (("vq_ds16_t2i.pt", "vq_ema.pt", "vq.pt"), f"{HUB}/peizesun/llamagen_t2i"),  # the other two: what a run leaves
     "t5": (("flan-t5-xl",), f"{HUB}/google/flan-t5-xl"),
     "clip": (("open_clip_model.safetensors",), f"{HUB}/timm/vit_large_patch14_clip_224.openai"),
     "hpsv2": (("HPS_v2.1_compressed.pt",), f"{HUB}/xswu/HPSv2"),
@@ -680,7 +677,7 @@ def write_picture(path, image, codes):
 def write_pictures(s, pair, paths, features_of):
     """A picture at each path that is not there yet, from text features `features_of(i)` (n, C), and its codes (N,) beside it as .npy.
 
-    Picture i is a function of the files, the settings and i alone, whatever else is drawn and in how many goes.
+    Picture i is a function of the files, the settings and i alone (but for rounding), whatever else is drawn and in how many goes.
     """
     policy, vq, device, autocast = pair
     policy, vq, N = policy.to(device), vq.to(device), policy.config.grid**2
@@ -741,10 +738,10 @@ PAPER = {"t2i_XL_stage1_256.pt": {"CLIP": 31.54, "FID": 15.24, "token KL": 0.091
 def evaluate(s):
     """What the paper reports of a checkpoint: draws a picture for --count captions, each of another image, and measures them."""
     if s.data == "scenes":
-        policy, vq, device, autocast = load_pair(s)
+        policy, vq, device, autocast = load_pair(s := find_files(s, ["ckpt", "vq"]))
         w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
         codes, images = paint(policy.to(device), [vq], s, autocast, (w.features, w.text_mask, w.noise))
-        print_table([{"checkpoint": Path(s.ckpt).name if s.ckpt else "base", **w.measure(codes, images)}])
+        print_table([{"checkpoint": Path(s.ckpt).parent.name[:14], **w.measure(codes, images)}])
         print(f"\n{s.samples} scenes, seed {s.seed}; Fréchet distances by the embedded world's own feature net, not Inception")
         return
     text = [] if Path(s.t5_features or "?").exists() else ["t5"]
