@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Normalize
 from tqdm import tqdm
@@ -164,7 +165,11 @@ def inception_from_entries(entries):
         layers[block] = Mixed(block, {name.split(".")[1]: shape for name, shape in shapes.items() if name.startswith(block)})
     network = nn.Sequential(OrderedDict(layers, pool_3=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
     network.load_state_dict(entries, strict=True)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    for block in network.modules():  # a quarter of the time otherwise goes into normalizing by constants
+        if hasattr(block, "bn"):
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+    return network.to(memory_format=torch.channels_last)
 
 
 def prepare_for_inception(pixels, preprocess):

@@ -1535,3 +1535,46 @@ rankee.decoder_stage = decoder_stage"""
     assert process.returncode != 0 and time.time() - float(printed.split("died ")[1].split()[0]) < 60, errors
     assert [json.loads(line)["round"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert torch.load(out / "state-000004.pt")["round"] == 4 and not list(out.glob(".*"))
+
+
+# ---- all arms beside each other ----------------------------------------------------------------------------------------
+
+
+def test_a_comparison_survives_a_stop_and_adds_up(tmp_path):
+    """Else an hour of runs is lost to one signal, or the table mixes up arms: a policy with its own decoder must measure in the
+    swap matrix what its run measured, and the arm that moves no decoder must equal the base's."""
+    pytest.importorskip("matplotlib", reason="the figures need it")
+    out = tmp_path / "compare"
+    arguments = [*SMALL, "--compare", "--rounds", 1, "--seed", 3, "--out", out]
+    first = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, arguments)], stdout=-3, stderr=-3, cwd=HERE)
+    while not list(out.glob("seed-3/*/log.jsonl")):
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.terminate()
+    assert first.wait(60) == 128 + signal.SIGTERM and not (out / "pareto.png").exists()
+    printed = finished(*arguments, "--resume").stdout
+
+    rows = json.loads((out / "results.json").read_text())
+    runs, swaps = [row for row in rows if "arm" in row], [row for row in rows if "decoder" in row]
+    assert [(row["arm"], row["seed"], row["round"]) for row in runs] == [("base", 3, 0), *((arm, 3, 1) for arm in train.ARMS)]
+    assert len(swaps) == 4 * 5
+    numbers = lambda row: pytest.approx({name: row[name] for name in ("clip", "frechet", "accuracy", "token_kl")}, rel=1e-3)
+    own = {row["arm"]: row for row in runs}
+    for row in swaps:
+        if row["policy"] == row["decoder"] or (row["policy"], row["decoder"]) == ("standard RL", "base"):
+            assert {name: row[name] for name in ("clip", "frechet", "accuracy", "token_kl")} == numbers(own[row["policy"]])
+    assert "minus standard RL" in printed and printed.count("RankE ") == 3
+    for name in ("pareto.png", "swap.png"):
+        assert train.Image.open(out / name).size[0] > 400
+
+
+def test_arms_differ_by_what_their_names_say():
+    """Else two rows of the table are one experiment: each arm's options must be known and change what they claim."""
+    base = vars(train.parse_settings([]))
+    settings = {arm: vars(train.parse_settings(options.split())) for arm, options in train.ARMS.items()}
+    changed = {arm: {name: s[name] for name in s if s[name] != base[name]} for arm, s in settings.items()}
+    assert (
+        changed["RankE"] == {} and changed["standard RL"] == {"arm": "policy"} and changed["decoder only"] == {"arm": "decoder"}
+    )
+    assert changed["uniform GAN"] == {"gan": "uniform"}
+    assert changed["real images"] == {"arm": "decoder", "lambda_d": 0, "lambda_c": 0, "gan": "none", "fakes": "reconstruction"}

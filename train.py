@@ -661,7 +661,7 @@ def run(s):
 def claim_pictures(s):
     """Notes in --out what its pictures are drawn with. Raises BadInput where they are another command's."""
     note = Path(s.out) / "pictures.json"
-    now = json.loads(json.dumps(dataclasses.asdict(s) | {"count": 0}))  # as it comes back
+    now = json.loads(json.dumps(dataclasses.asdict(s) | {"count": 0, "workers": 0}))  # as it comes back
     if note.exists() and (other := differences(json.loads(note.read_text()), now)):
         raise BadInput(f"--out {s.out} holds pictures drawn with {other}; give that again, or name another folder")
     make_folder(Path(s.out))
@@ -718,8 +718,8 @@ def write_samples(s):
         features = world.word_features(captions, c.caption_dim)
     else:
         features = list(t5_features(s.t5, captions, c.prefix, device, autocast))
-    claim_pictures(s)
     if s.layout == "geneval":
+        claim_pictures(s)
         for i, line in enumerate(lines):
             make_folder(out / f"{i:05d}")
             write_whole(out / f"{i:05d}" / "metadata.jsonl", lambda path: path.write_text(line, "utf-8"))
@@ -727,6 +727,8 @@ def write_samples(s):
     else:
         plain = [re.sub("[^a-z0-9]+", " ", text.lower())[:60].strip() for text in captions]
         paths = [out / f"{i:03d} {text}.png" for i, text in enumerate(plain)]
+        for path in paths:
+            path.unlink(missing_ok=True)  # a few pictures: what another seed or checkpoint made is made again
     write_pictures(s, pair, paths, lambda i: features[i * len(captions) // len(paths)])
     print(*paths, sep="\n")
 
@@ -939,6 +941,9 @@ def main():
     except BadInput as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # a run takes it otherwise, see `listen`
+        print("train.py: stopped; the same command goes on where it writes pictures, and begins again elsewhere", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
