@@ -16,6 +16,7 @@ This file imports nothing of ours, but for `shift` on pictures, which needs the 
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -48,20 +49,37 @@ class BadInput(Exception):
     """Something the user gave does not fit; the message is one line: the thing, what was expected, what to do. Status 2."""
 
 
+def first_line(error):
+    """The line of an error that names the offender; PyTorch's and KeyError's need help with that."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"has no entry {lines[0]}"
+    return lines[1 if lines[0].startswith("Error(s) in loading") else 0][:300]
+
+
+@contextlib.contextmanager
+def reading(path, expected):
+    """Makes whatever goes wrong inside a BadInput that names the file, the fault and what was `expected`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # a file fails in many ways, by damage, by its layout or because it would run code
+        raise BadInput(f"{path}: {first_line(error)}; expected {expected}") from error
+
+
 def read_checkpoint(path):
     """What a .pt or .safetensors file holds, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a checkpoint")
-    try:
+    with reading(path, "an undamaged checkpoint of plain weights; get it again"):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's protocol, just before it is refused
             # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a file fails in many ways, by damage or because it would run code; none is a reason to go on
-        raise BadInput(f"{path}: damaged, or no checkpoint of plain weights ({first_line(error)}); get it again") from error
 
 
 def read_entries(path):
@@ -83,18 +101,8 @@ def read_entries(path):
 
 def build(path, what, from_entries, *more):
     """`from_entries` on a file's entries and `more`; what does not fit becomes BadInput with the first offender's name."""
-    try:
+    with reading(path, what):
         return from_entries(read_entries(path), *more)
-    except KeyError as error:
-        raise BadInput(f"{path}: has no entry {error}; expected {what}") from error
-    except (RuntimeError, ValueError) as error:
-        problems = [line.strip() for line in str(error).splitlines()]
-        problem = problems[1] if len(problems) > 1 else problems[0]
-        raise BadInput(f"{path}: does not fit {what}: {problem[:300]}") from error
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:150] if str(error) else type(error).__name__
 
 
 # ---- Inception-v3, FID variant -----------------------------------------------------------------------------------------
@@ -348,15 +356,11 @@ def read_pictures(paths, prepare, workers, batch=32):
 
 def read_statistics(path):
     """Mean, covariance and count ("?" where the file does not say) of a .npz in pytorch-fid's layout. Raises BadInput."""
-    try:
-        with np.load(path) as file:
-            mean, covariance = file["mu"], file["sigma"]
-            count = int(file["count"]) if "count" in file else "?"
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: no statistics ({first_line(error)}); expected a .npz with mu and sigma") from error
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise BadInput(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; expected (F,) and (F, F)")
-    return mean, covariance, count
+    with reading(path, "a .npz with mu (F,) and sigma (F, F)"), np.load(path) as file:
+        mean, covariance = file["mu"], file["sigma"]
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit")
+        return mean, covariance, int(file["count"]) if "count" in file else "?"
 
 
 # ---- what the paper's tables hold --------------------------------------------------------------------------------------
@@ -407,23 +411,15 @@ def fid(a, b, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
 
 def read_captions(file, folder, paths):
     """A caption for each picture: from a .json, name → caption, or a text file with a line for each in sorted order."""
-    try:
+    with reading(file, f"a caption for each of the {len(paths)} pictures of {folder}: a line each, or .json, path → caption"):
         text = Path(file).read_text("utf-8")
         lines = text.splitlines()
         if str(file).endswith(".json"):
             known, names = json.loads(text), [str(path.relative_to(folder)) for path in paths]
-            lines = [known[name] if name in known else known[os.path.splitext(name)[0]] for name in names]
-    except KeyError as error:
-        raise BadInput(
-            f"{file}: has no caption for {error}; expected a picture's path in {folder}, with or without suffix"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file}: {first_line(error)}; expected captions, as lines or a .json") from error
-    if len(lines) != len(paths):
-        raise BadInput(
-            f"{file}: has {len(lines)} lines for {len(paths)} pictures; expected one each, in the order of their names"
-        )
-    return lines
+            lines = [known[name if name in known else os.path.splitext(name)[0]] for name in names]
+        if len(lines) != len(paths):
+            raise ValueError(f"has {len(lines)} lines")
+        return lines
 
 
 def text_score(name, prefix, shape, a, captions, weights, workers, device):
@@ -455,14 +451,12 @@ def code_histogram(side, vq, codes, image_size, workers, device):
         prepare = functools.partial(square, image_size)
         found = [vq.encode(images.to(device)).cpu() for _, images in read_pictures(list_pictures(side), prepare, workers)]
     else:
-        try:
+        with reading(side, f"a .npy of codes from 0 to {codes - 1} or a folder of them; pictures need --vq"):
             files = sorted(Path(side).rglob("*.npy")) if Path(side).is_dir() else [side]
             found = [torch.from_numpy(np.load(file).astype(np.int64, casting="safe")) for file in files]
-        except (OSError, TypeError, ValueError) as error:
-            raise BadInput(f"{side}: {first_line(error)}; expected a .npy of codes, or a folder and --vq") from error
-    found = torch.cat([part.flatten() for part in found] or [torch.tensor([-1])])
-    if not 0 <= found.min() <= found.max() < codes:
-        raise BadInput(f"{side}: expected codes from 0 to {codes - 1}; their number is --codes, and pictures need --vq")
+            if not found or min(part.min() for part in found) < 0 or max(part.max() for part in found) >= codes:
+                raise ValueError("holds none, or others; their number is --codes")
+    found = torch.cat([part.flatten() for part in found])
     return len(found), token_histogram(found, codes)
 
 

@@ -147,13 +147,10 @@ class Policy(nn.Module):
         self.register_buffer("rotary", rotary_table(config), persistent=False)
 
     def initialize(self, generator):
-        """The start of training: "no caption" as large as a caption, the output zero, every other matrix N(0, 0.06).
-
-        LlamaGen's N(0, 0.02) is for widths beyond a thousand; at a hundred, training has to grow the matrices first.
-        """
+        """LlamaGen's start of training: every matrix N(0, 0.02), "no caption" as large as a caption, the output zero."""
         for weight in self.parameters():
             if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.06, generator=generator)
+                nn.init.normal_(weight, std=0.02, generator=generator)
         nn.init.normal_(self.cls_embedding.uncond_embedding, std=self.config.caption_dim**-0.5, generator=generator)
         nn.init.zeros_(self.output.weight)
         return self

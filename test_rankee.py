@@ -272,9 +272,9 @@ def test_metrics_refuse_what_does_not_fit(two_folders, tmp_path, monkeypatch, ca
     write_scorer(tmp_path / "scorer.safetensors", True, 64)
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     says_clip = lambda captions: says("clip", a, "--captions", captions, "--weights", tmp_path / "scorer.safetensors")
-    assert "2 lines for 7 pictures" in says_clip(tmp_path / "two.txt")
+    assert "has 2 lines; expected a caption for each of the 7 pictures" in says_clip(tmp_path / "two.txt")
     (tmp_path / "some.json").write_text('{"0.png": "a dog"}')
-    assert "has no caption for" in says_clip(tmp_path / "some.json")
+    assert "has no entry" in says_clip(tmp_path / "some.json")
     np.save(tmp_path / "codes.npy", np.array([[1, 16384]]))
     assert "from 0 to 16383" in says("shift", tmp_path / "codes.npy", tmp_path / "codes.npy")
     np.save(tmp_path / "float.npy", np.zeros(4))
@@ -1274,6 +1274,7 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({name: value for name, value in entries.items() if name != "norm.weight"}, tmp_path / "missing.pt")
     torch.save(entries | {"extra.weight": torch.zeros(1)}, tmp_path / "surplus.pt")
@@ -1281,31 +1282,19 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
     torch.save(entries | {"output.weight": torch.zeros(65, 128)}, tmp_path / "codes.pt")
     torch.save(entries | {"norm.weight": torch.full((128,), torch.nan)}, tmp_path / "nan.pt")
     expected = {
-        "nowhere.pt": "no such file", ".": "a folder, not a file", "truncated.pt": "damaged, or no checkpoint", "empty.pt": "damaged, or no checkpoint", "noise.pt": "damaged, or no checkpoint",
-        "bomb.pt": "no checkpoint of plain weights (Weights only load failed", "list.pt": "holds no state dict", "vq_ds16_t2i.pt": "has no entry 'tok_embeddings.weight'",
+        "nowhere.pt": "no such file", "folder": "policy.pt: no such file", "list.pt": "holds no state dict",
+        "truncated.pt": "expected an undamaged checkpoint", "empty.pt": "expected an undamaged checkpoint",
+        "noise.pt": "expected an undamaged checkpoint", "bomb.pt": "Weights only load failed",
+        "vq_ds16_t2i.pt": "has no entry 'tok_embeddings.weight'", "nan.pt": "norm.weight holds numbers that are not finite",
         "missing.pt": "norm.weight", "surplus.pt": "extra.weight", "shape.pt": "norm.weight", "codes.pt": "output.weight",
-        "nan.pt": "norm.weight holds numbers that are not finite",
     }  # fmt: skip
+    run = ["--data", "scenes", "--image-size", 32, "--out", tmp_path / "run"]
     for name, says in expected.items():
-        line = refused(
-            capsys,
-            monkeypatch,
-            "--ckpt",
-            tmp_path / name,
-            "--vq",
-            good_vq,
-            "--data",
-            "scenes",
-            "--image-size",
-            32,
-            "--out",
-            tmp_path / "run",
-        )
+        line = refused(capsys, monkeypatch, "--ckpt", tmp_path / name, "--vq", good_vq, *run)
         assert says in line and str(tmp_path / name) in line, line
         assert not (tmp_path / "run").exists()
-    assert "has no entry" in refused(
-        capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, "--data", "scenes", "--out", tmp_path / "run"
-    )
+    assert "has no entry" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, *run)
+    assert "a folder, not a file" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", tmp_path / "folder", *run)
 
 
 def test_a_run_is_not_overwritten(small_run, capsys, monkeypatch):

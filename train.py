@@ -43,18 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import metrics
-from metrics import (
-    SUFFIXES,
-    UNREADABLE,
-    BadInput,
-    build,
-    clip_from_entries,
-    file_hash,
-    first_line,
-    read_checkpoint,
-    read_entries,
-    square,
-)
+from metrics import BadInput, build, first_line, read_checkpoint, read_entries, reading, square
 from policy import left_pad, policy_from_entries, t5_features
 from rankee import Method, Players, draw, in_rows, one_round
 from scenes import world
@@ -322,7 +311,7 @@ def same_name_pairs(source):
     texts = {name.removesuffix(".txt"): place for name, place in files if name.endswith(".txt")}
     for name, place in files:
         name, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES:
+        if suffix.lower() in metrics.SUFFIXES:
             yield name, place, read_place(texts[name]) if name in texts else b""
 
 
@@ -351,15 +340,13 @@ def list_pairs(source):
     if source.is_file() and source.suffix not in readers:
         raise BadInput(f"{source}: not a data source; expected a folder, .json, .jsonl or .tar")
     for file in sorted(source.glob("*.tar")) or [source]:
-        try:
+        with reading(file, "a file that is whole, in one of the layouts that --help names"):
             for name, image, text in readers.get(file.suffix, same_name_pairs)(file):
                 caption = text.decode("utf-8", "replace").strip()
                 if caption and "\ufffd" not in caption:
                     pairs.append((name, image, caption))
                 else:
                     skipped.append(f"{name}: no caption, or not in UTF-8")
-        except (AttributeError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
-            raise BadInput(f"{file}: damaged, or another layout ({type(error).__name__}: {first_line(error)})") from error
     if not pairs:
         raise BadInput(f"{source}: holds no image with a caption; --help says in which layouts they may lie")
     return pairs, skipped
@@ -388,7 +375,7 @@ class Pairs(Dataset):
         for i in torch.randperm(len(self.pairs), generator=generator).roll(-place).tolist():
             try:
                 return self.read(*self.pairs[i]), skipped
-            except UNREADABLE as error:
+            except metrics.UNREADABLE as error:
                 skipped.append(f"{self.pairs[i][0]}: {first_line(error)}")
         return None, skipped
 
@@ -432,7 +419,7 @@ class PublicWorld:
         features = complete_features(s, pairs, config, device, autocast)
         if rank == 0 and processes > 1:
             dist.barrier()
-        scorer = build(s.reward_weights, f"the scorer {s.reward}", clip_from_entries, *REWARDS[s.reward])
+        scorer = build(s.reward_weights, f"the scorer {s.reward}", metrics.clip_from_entries, *REWARDS[s.reward])
         self.scorer, self.perceptual = scorer.to(device), None
         if s.arm != "policy":
             linear = read_entries(s.lpips)
@@ -693,13 +680,9 @@ def write_pictures(s, pair, paths, features_of):
 
 def read_prompts(s):
     """The captions of --sample and --prompts, and GenEval's own line for each of its captions."""
-    try:
+    with reading(f"--prompts {s.prompts}", "a caption a line, or GenEval's .jsonl for its layout"):
         lines = [line for line in Path(s.prompts).read_text("utf-8").splitlines() if line.strip()] if s.prompts else []
         captions = [json.loads(line)["prompt"] for line in lines] if s.layout == "geneval" else lines
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"--prompts {s.prompts}: {first_line(error)}; expected a caption a line, GenEval's .jsonl for its layout"
-        ) from error
     return [*s.sample, *captions], [""] * len(s.sample) + lines
 
 
@@ -763,7 +746,7 @@ def evaluate(s):
                 real = stream.read(name, image, caption)[2].to(device)
                 write_picture(path, real, vq.to(device).encode(real[None])[0])
             names[name] = caption
-        except UNREADABLE as error:
+        except metrics.UNREADABLE as error:
             tqdm.write(f"skipped {name}: {first_line(error)}", file=sys.stderr)
     write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
     paths = [out / "samples" / f"{name}.png" for name in names]
@@ -779,7 +762,9 @@ def evaluate(s):
     paper = PAPER.get(Path(s.ckpt).name, {})
     print_table([row] + [{name: paper.get(name, "") for name in row} | {"checkpoint": "paper"}] * bool(paper))
     print(f"\nDrawn for {len(names)} captions of {s.data}, one an image; seed {s.seed}, guidance {s.guidance}, top-k {s.top_k},")
-    print(f"temperature {s.temperature}; {s.image_size} px, middle squares, Lanczos; {file_hash(s.ckpt)}, {file_hash(s.vq)}")
+    print(
+        f"temperature {s.temperature}; {s.image_size} px, middle squares, Lanczos; {metrics.file_hash(s.ckpt)}, {metrics.file_hash(s.vq)}"
+    )
     print(*(line for _, protocol in results for line in protocol), sep="\n")
 
 
@@ -796,44 +781,72 @@ ARMS = {
 
 
 def side_by_side(commands, at_once):
-    """Runs this program with each of the lists of options, some at once with a core each. A failure, or a signal to this
-    process, stops them all, each after its round and a save, and then this one with the same status."""
+    """Runs this program with each list of options, `at_once` at a time with a core each. Where one fails, or this process is
+    told to stop, all end after their round and a save, and this one with the same status."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     received, waiting, running, status = listen(), list(commands), [], 0
     with tqdm(total=len(commands), unit="run") as bar:
-        while running or waiting:
-            if waiting and len(running) < at_once:
-                command = [sys.executable, __file__, *waiting.pop(0)]
+        while not status and (running or waiting):
+            while waiting and len(running) < at_once:
+                command = [sys.executable, __file__, *map(str, waiting.pop(0))]
                 running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
-                continue
             time.sleep(0.2)
-            ended = [child for child in running if child.poll() is not None]
-            running = [child for child in running if child not in ended]
-            if ended:
-                bar.update(len(ended))
-            status = 128 + received[0] if received else next((child.returncode for child in ended if child.returncode), 0)
-            if status:
-                for child in running:
-                    child.terminate()
-                for child in running:
-                    child.wait()
-                sys.exit(status)
+            status = 128 + received[0] if received else max(abs(child.poll() or 0) for child in running)
+            still = [child for child in running if child.poll() is None]
+            if len(still) < len(running):
+                bar.update(len(running) - len(still))
+            running = still
+    for child in running:
+        child.terminate()
+    for child in running:
+        child.wait()
+    if status:
+        sys.exit(status)
 
 
-@torch.no_grad()
+def compare(s, arguments):
+    """Every arm with every seed, each an ordinary run in a folder of its own; then the table and the figures."""
+    if s.data != "scenes":
+        raise BadInput("--compare: the arms are compared on the embedded world; leave --data out")
+    if not importlib.util.find_spec("matplotlib"):
+        raise BadInput("--compare draws figures: pip install matplotlib")
+    out, seeds = Path(s.out), range(s.seed, s.seed + s.seeds)
+    make_folder(out, *([] if s.resume else ["results.json"]))
+    folders = {seed: {arm: out / f"seed-{seed}" / arm.replace(" ", "-") for arm in ARMS} for seed in seeds}
+    bases = {seed: out / f"seed-{seed}" / "base" if s.pretrain else s.base_folder for seed in seeds}
+    command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seed", seed, "--base", bases[seed]]
+    lacking = [seed for seed in seeds if s.pretrain and not (bases[seed] / "judges.pt").exists()]
+    side_by_side([[*command(seed), "--pretrain"] for seed in lacking], 1)  # each has two processes of its own
+    own = lambda seed, arm: ["--resume", "--measure-every", s.measure_every, "--out", folders[seed][arm], *ARMS[arm].split()]
+    side_by_side([command(seed) + own(seed, arm) for seed in seeds for arm in ARMS], os.cpu_count())
+
+    rows, swaps = [], []
+    for seed in seeds:
+        found = {arm: json.loads((folder / "results.json").read_text()) for arm, folder in folders[seed].items()}
+        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm][1:])]
+        swaps += swap(dataclasses.replace(s, seed=seed, base=str(bases[seed])), folders[seed])
+    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows + swaps, indent=1)))
+    print_comparison(rows)
+    draw_pareto(out / "pareto.png", rows)
+    draw_swap(out / "swap.png", swaps)
+    print(f"\nTable, figures and all runs are in {out}")
+
+
 def swap(s, folders):
-    """Rows of measurements of every policy of one seed with every decoder; `folders`: arm → that of its run."""
+    """Measurements of every policy of one seed through every decoder, a row each; `folders`: arm → that of its run."""
     pairs = {"base": load_pair(s)}
     for arm, folder in folders.items():
         pairs[arm] = load_pair(dataclasses.replace(s, ckpt=str(folder / "policy.pt"), vq=str(folder / "vq_ema.pt")))
     policy, vq, device, autocast = pairs["base"]
     w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
-    decoders = {arm: pair[1].to(device) for arm, pair in pairs.items() if arm != "standard RL"}
+    decoders = {arm: pair[1].to(device) for arm, pair in pairs.items() if arm != "standard RL"}  # which has the base's
+    rows = []
     for arm, (policy, *_) in pairs.items():
-        if "--arm decoder" not in ARMS.get(arm, ""):
+        if "--arm decoder" not in ARMS.get(arm, ""):  # these have the base's policy
             codes, *painted = paint(policy.to(device), decoders.values(), s, autocast, (w.features, w.text_mask, w.noise))
-            for decoder, images in zip(decoders, painted):
-                yield {"policy": arm, "decoder": decoder, "seed": s.seed, **w.measure(codes, images)}
+            measured = [w.measure(codes, images) for images in painted]
+            rows += [{"policy": arm, "decoder": other, "seed": s.seed} | row for other, row in zip(decoders, measured)]
+    return rows
 
 
 def print_comparison(rows):
@@ -847,80 +860,42 @@ def print_comparison(rows):
             print(f"{arm:18}" + "".join(f"{np.mean(cell):10.3f} ± {np.std(cell, ddof=len(seeds) > 1):6.3f}" for cell in cells))
 
 
-def draw_comparison(out, rows, swaps):
-    """pareto.png: reward against distance over the rounds; swap.png: the distance of every policy through every decoder."""
+def mean_over_seeds(rows, name, **match):
+    return np.mean([row[name] for row in rows if all(row[key] == value for key, value in match.items())])
+
+
+def draw_pareto(path, rows):
+    """The paper's Pareto picture: reward against distance, a line an arm from the base over its rounds."""
     from matplotlib.figure import Figure
 
     figure = Figure((6, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="CLIP ×100 (higher is better)", ylabel="Fréchet distance (lower is better)")
-    mean = lambda chosen, name: np.mean([row[name] for row in chosen])
+    rounds = sorted({row["round"] for row in rows} - {0})
     for arm in ARMS:
-        rounds = sorted({row["round"] for row in rows})
-        chosen = [[row for row in rows if row["round"] == n and row["arm"] in (arm, "base")] for n in rounds]
-        axes.plot([mean(c, "clip") for c in chosen], [mean(c, "frechet") for c in chosen], "o-", markersize=3, label=arm)
+        points = [("base", 0), *((arm, n) for n in rounds)]
+        line = [[mean_over_seeds(rows, name, arm=a, round=n) for a, n in points] for name in ("clip", "frechet")]
+        axes.plot(*line, "o-", markersize=3, label=arm)
     axes.legend()
-    write_whole(out / "pareto.png", lambda path: figure.savefig(path, format="png", dpi=110))
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
-    policies, decoders = (list(dict.fromkeys(row[side] for row in swaps)) for side in ("policy", "decoder"))
+
+def draw_swap(path, rows):
+    """The swap matrix: the distance, and CLIP, of each policy through each decoder."""
+    from matplotlib.figure import Figure
+
+    policies, decoders = (list(dict.fromkeys(row[side] for row in rows)) for side in ("policy", "decoder"))
+    clip, distance = (
+        np.array([[mean_over_seeds(rows, name, policy=p, decoder=d) for d in decoders] for p in policies])
+        for name in ("clip", "frechet")
+    )
     figure = Figure((7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="decoder", ylabel="policy", title="Fréchet distance (CLIP ×100)")
     axes.set_xticks(range(len(decoders)), decoders)
     axes.set_yticks(range(len(policies)), policies)
-    cell = lambda name: [
-        [mean([r for r in swaps if (r["policy"], r["decoder"]) == (p, d)], name) for d in decoders] for p in policies
-    ]
-    frechet, clip = cell("frechet"), cell("clip")
-    axes.imshow(frechet, cmap="RdYlGn_r", aspect="auto")
-    for y, x in np.ndindex(len(policies), len(decoders)):
-        axes.text(x, y, f"{frechet[y][x]:.1f}\n({clip[y][x]:.1f})", ha="center", va="center")
-    write_whole(out / "swap.png", lambda path: figure.savefig(path, format="png", dpi=110))
-
-
-def compare(s, arguments):
-    """Every arm with every seed, each an ordinary run in a folder of its own; then the table and the figures."""
-    if s.data != "scenes":
-        raise BadInput("--compare: the arms are compared on the embedded world; leave --data out")
-    if not importlib.util.find_spec("matplotlib"):
-        raise BadInput("--compare draws figures: pip install matplotlib")
-    out = Path(s.out)
-    make_folder(out, *([] if s.resume else ["results.json"]))
-    seeds, bases, runs = range(s.seed, s.seed + s.seeds), [], []
-    for seed in seeds:
-        folder = out / f"seed-{seed}"
-        base = folder / "base" if s.pretrain else s.base_folder
-        common = [*arguments, "--no-compare", "--no-pretrain", "--seed", str(seed), "--base", str(base)]
-        if s.pretrain and not (base / "judges.pt").exists():
-            bases.append([*common, "--pretrain"])
-        runs += [
-            [
-                *common,
-                "--measure-every",
-                str(s.measure_every),
-                "--resume",
-                "--out",
-                str(folder / arm.replace(" ", "-")),
-                *options.split(),
-            ]
-            for arm, options in ARMS.items()
-        ]
-    side_by_side(bases, 1)  # each has two processes of its own
-    side_by_side(runs, os.cpu_count())
-
-    rows, swaps = [], []
-    for seed in seeds:
-        folders = {arm: out / f"seed-{seed}" / arm.replace(" ", "-") for arm in ARMS}
-        found = {arm: json.loads((folder / "results.json").read_text()) for arm, folder in folders.items()}
-        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm][1:])]
-        known = out / f"seed-{seed}" / "swap.json"
-        if not known.exists():
-            base = out / f"seed-{seed}" / "base" if s.pretrain else s.base_folder
-            found = list(swap(dataclasses.replace(s, seed=seed, base=str(base)), folders))
-            write_whole(known, lambda path: path.write_text(json.dumps(found, indent=1)))
-        swaps += json.loads(known.read_text())
-    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows + swaps, indent=1)))
-    print_comparison(rows)
-    draw_comparison(out, rows, swaps)
-    print(f"\nTable, figures and all runs are in {out}")
+    axes.imshow(distance, cmap="RdYlGn_r", aspect="auto")
+    for y, x in np.ndindex(distance.shape):
+        axes.text(x, y, f"{distance[y, x]:.1f}\n({clip[y, x]:.1f})", ha="center", va="center")
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def main():
