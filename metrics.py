@@ -215,15 +215,17 @@ def feature_statistics(batches):
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017, arXiv 1706.08500), finite also for singular Σ.
 
-    tr (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½. That needs no matrix root of a product that is not
-    symmetric, which goes complex for singular Σ, and rounding enters it once, not under a root.
+    With Σ = L Lᵀ, tr (Σ_a Σ_b)^½ is the sum of the singular values of L_aᵀ L_b. That needs no matrix root of a product that is
+    not symmetric, which goes complex for singular Σ; rounding enters it once, not under a root; and L has a column only
+    for each dimension that the samples span.
     """
 
-    def root(covariance):
-        values, vectors = np.linalg.eigh(covariance)
-        return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    def factor(covariance):
+        values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))  # NumPy's takes several times as long
+        spanned = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, spanned] * values[spanned].sqrt()  # (F, rank)
 
-    overlap = np.linalg.svd(root(covariance_a) @ root(covariance_b), compute_uv=False).sum()
+    overlap = torch.linalg.svdvals(factor(covariance_a).T @ factor(covariance_b)).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
     return max(0.0, float(distance))  # equal statistics may round to −1e-13
 
