@@ -180,6 +180,9 @@ def inception_from_entries(entries):
     return network.to(memory_format=torch.channels_last)
 
 
+PREPROCESSINGS = ("clean", "pytorch-fid")
+
+
 def prepare_for_inception(pixels, preprocess):
     """uint8 pictures (B, H, W, 3) to Inception's input (B, 3, 299, 299), by "clean" or "pytorch-fid" (see the head of this file)."""
     if preprocess == "pytorch-fid":
@@ -193,7 +196,7 @@ def prepare_for_inception(pixels, preprocess):
             for plane in picture.transpose(2, 0, 1)
         ]
         return (torch.from_numpy(np.stack(planes)).view(-1, 3, 299, 299) - 128) / 128
-    raise BadInput(f"unknown preprocessing {preprocess!r}; there are clean and pytorch-fid")
+    raise ValueError(f"unknown preprocessing {preprocess!r}")
 
 
 # ---- Fréchet distance --------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ class Pictures(Dataset):
 
 def list_pictures(folder):
     """Every picture in a folder and those in it, sorted. Raises BadInput where there is none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not paths:
         raise BadInput(f"{folder}: no pictures; expected a folder with {', '.join(SUFFIXES)} files")
     return paths
@@ -359,9 +362,9 @@ def read_pictures(paths, prepare, workers, batch=32):
 def read_statistics(path):
     """Mean, covariance and count ("?" where the file does not say) of a .npz in pytorch-fid's layout. Raises BadInput."""
     with reading(path, "a .npz with mu (F,) and sigma (F, F)"), np.load(path) as file:
-        mean, covariance = file["mu"], file["sigma"]
-        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit")
+        mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2 or not np.isfinite([mean.sum(), covariance.sum()]).all():
+            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit, or are not finite")
         return mean, covariance, int(file["count"]) if "count" in file else "?"
 
 
@@ -383,29 +386,40 @@ def file_hash(path):
         return f"{Path(path).name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
+def inception(weights, device="cpu"):
+    return build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
+
+
 def side_statistics(side, network, preprocess, workers, device):
-    """Mean, covariance and count of one side of a distance: a folder's pictures, or a .npz."""
+    """Mean, covariance and count of one side of a distance, a folder's pictures or a .npz, and a line on where they come from."""
+    if preprocess not in PREPROCESSINGS:
+        raise BadInput(f"--preprocess {preprocess}: there are {' and '.join(PREPROCESSINGS)}")
     if str(side).endswith(".npz"):
-        return read_statistics(side)
+        *found, count = read_statistics(side)
+        return *found, count, f"{count} pictures, by statistics made elsewhere: {file_hash(side)}"
     pictures = read_pictures(list_pictures(side), functools.partial(inception_input, preprocess), workers)
-    return feature_statistics(network(x.to(device)) for _, x in pictures)
+    *found, count = feature_statistics(network(x.to(device)) for _, x in pictures)
+    return *found, count, f"{count} pictures of {side}, {preprocess} preprocessing"
 
 
 def statistics(a, out, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
     """Writes the mean and covariance of a folder's pictures to OUT.npz, in pytorch-fid's layout."""
-    network = build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
-    mean, covariance, count = side_statistics(a, network, preprocess, workers, device)
+    if not Path(out).absolute().parent.is_dir():
+        raise BadInput(f"{out}: its folder is not there; make it first")
+    mean, covariance, count, how = side_statistics(a, inception(weights, device), preprocess, workers, device)
     np.savez(out, mu=mean, sigma=covariance, count=count)
-    return {"pictures": count}, [f"{a}, {preprocess} preprocessing, {file_hash(weights)}"]
+    return {"pictures": count}, [f"{how}, {file_hash(weights)}"]
 
 
 def fid(a, b, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
     """Fréchet Inception distance of two folders of pictures (png, jpg, webp; nested), or of saved statistics (.npz)."""
-    network = build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
-    (*of_a, count_a), (*of_b, count_b) = (side_statistics(side, network, preprocess, workers, device) for side in (a, b))
+    network = inception(weights, device)
+    (*of_a, count_a, how_a), (*of_b, count_b, how_b) = (
+        side_statistics(side, network, preprocess, workers, device) for side in (a, b)
+    )
     if of_a[0].shape != of_b[0].shape:
         raise BadInput(f"{a} has {len(of_a[0])} features and {b} {len(of_b[0])}; give statistics of one network")
-    protocol = [f"FID: {count_a} pictures of {a}, {count_b} of {b}, {preprocess} preprocessing, {file_hash(weights)}"]
+    protocol = [f"FID: {how_a}", f"against {how_b}; {file_hash(weights)}"]
     if any(count != "?" and count < 2048 for count in (count_a, count_b)):
         protocol.append("FID is biased upwards below 2,048 pictures: compare it with the same counts only")
     return {"FID": frechet_distance(*of_a, *of_b)}, protocol
@@ -421,6 +435,8 @@ def read_captions(file, folder, paths):
             lines = [known[name if name in known else os.path.splitext(name)[0]] for name in names]
         if len(lines) != len(paths):
             raise ValueError(f"has {len(lines)} lines")
+        if not all(isinstance(line, str) for line in lines):
+            raise ValueError("holds captions that are not text")
         return lines
 
 
@@ -464,16 +480,17 @@ def code_histogram(side, vq, codes, image_size, workers, device):
 
 def shift(a, b, *, vq="", codes=16384, image_size=256, workers=WORKERS, device=DEVICE):
     """KL divergence of token histograms, A from B, and entropies: the paper's latent covariate shift."""
+    how = "nats and bits; one count added to each code, on both sides"
     if vq:
         from vq import vq_from_entries  # here alone does a measure need a model of ours
 
+        how += f"; pictures' middle squares at {image_size} px, Lanczos, {file_hash(vq)}"
         vq = build(vq, "LlamaGen's VQ tokenizer", vq_from_entries).to(device).requires_grad_(False)
         codes = vq.config.codes
     (count_a, of_a), (count_b, of_b) = (code_histogram(side, vq, codes, image_size, workers, device) for side in (a, b))
     numbers = {"token KL": token_kl(of_a, of_b), "reverse KL": token_kl(of_b, of_a)}
     numbers |= {"entropy": token_entropy(of_a), "entropy of B": token_entropy(of_b)}
-    how = f"nats and bits; one count added to each of the {codes} codes, on both sides"
-    return numbers, [f"token KL: {count_a} codes of {a}, {count_b} of {b}; {how}"]
+    return numbers, [f"token KL: {count_a} codes of {a}, {count_b} of {b}, of {codes}; {how}"]
 
 
 def main():
@@ -491,6 +508,12 @@ def main():
     given = vars(parser.parse_args())
     function, _ = given.pop("function"), given.pop("command")
     try:
+        with reading(
+            f"--device {given['device']}, --workers {given['workers']}", "a device of this machine, and 0 or more workers"
+        ):
+            torch.empty(0, device=given["device"])
+            if given["workers"] < 0:
+                raise ValueError("fewer than none")
         numbers, protocol = function(**given)
     except BadInput as error:
         print(f"metrics.py: {error}", file=sys.stderr)

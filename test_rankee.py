@@ -206,7 +206,13 @@ def test_fid_command_is_the_distance_of_the_pictures(two_folders, tmp_path, prep
         features = network(metrics.prepare_for_inception(np.stack(pictures), preprocess)).double().numpy()
         sides += [features.mean(0), np.cov(features, rowvar=False)]
     assert numbers["FID"] == pytest.approx(metrics.frechet_distance(*sides), rel=1e-4)
-    assert "7 pictures" in printed and "6 of" in printed and preprocess in printed and "sha256" in printed and "biased" in printed
+    assert (
+        "7 pictures" in printed
+        and "against 6 pictures of" in printed
+        and preprocess in printed
+        and "sha256" in printed
+        and "biased" in printed
+    )
     if preprocess == "clean":  # saved statistics stand for the folder
         measured("statistics", two_folders / "a", tmp_path / "a.npz", *options)
         with np.load(tmp_path / "a.npz") as saved:  # what pytorch-fid reads
@@ -267,6 +273,9 @@ def test_metrics_refuse_what_does_not_fit(two_folders, tmp_path, monkeypatch, ca
     assert "has 64 features" in says("fid", tmp_path / "narrow.npz", a, *weights)
     np.savez(tmp_path / "other.npz", mean=np.zeros(64))
     assert "expected a .npz with mu (F,)" in says("fid", tmp_path / "other.npz", a, *weights)
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    assert "not finite" in says("fid", tmp_path / "nan.npz", a, *weights)
+    assert "its folder is not there" in says("statistics", a, tmp_path / "nowhere" / "a.npz", *weights)
     assert "expected Inception" in says("fid", a, a, "--weights", world.FOLDER / "policy.pt")
     assert "there are clean and pytorch-fid" in says("fid", a, a, *weights, "--preprocess", "none")
     write_scorer(tmp_path / "scorer.safetensors", True, 64)
@@ -275,6 +284,8 @@ def test_metrics_refuse_what_does_not_fit(two_folders, tmp_path, monkeypatch, ca
     assert "has 2 lines; expected a caption for each of the 7 pictures" in says_clip(tmp_path / "two.txt")
     (tmp_path / "some.json").write_text('{"0.png": "a dog"}')
     assert "has no entry" in says_clip(tmp_path / "some.json")
+    (tmp_path / "lists.json").write_text(json.dumps({path.stem: ["a dog"] for path in metrics.list_pictures(a)}))
+    assert "expected a caption for each" in says_clip(tmp_path / "lists.json")
     np.save(tmp_path / "codes.npy", np.array([[1, 16384]]))
     assert "from 0 to 16383" in says("shift", tmp_path / "codes.npy", tmp_path / "codes.npy")
     np.save(tmp_path / "float.npy", np.zeros(4))
@@ -1124,7 +1135,7 @@ def test_text_features_are_computed_once_and_kept(public_files, small_t5, tmp_pa
     ]
     finished(*files, "--sample", "a red bus", "an old clock")
     pictures = sorted((tmp_path / "seen").glob("*.png"))
-    assert [path.name for path in pictures] == ["000 a red bus.png", "001 an old clock.png"]
+    assert [path.name for path in pictures] == ["00000 a red bus.png", "00001 an old clock.png"]
     first, second = (np.asarray(train.Image.open(path)) for path in pictures)
     assert first.shape == (32, 32, 3) and (first != second).any()
 
@@ -1186,6 +1197,10 @@ def test_evaluation_is_what_the_metrics_say_of_its_pictures(public_files, two_fo
     assert times == (samples[0].stat().st_mtime_ns, (out / "real" / samples[0].name).stat().st_mtime_ns)
     capsys.readouterr()
     assert "drawn with --guidance 6.0" in refused(capsys, monkeypatch, *arguments, "--guidance", 2)
+    assert "drawn with --count 3" in refused(capsys, monkeypatch, *arguments, "--count", 2)
+    with pytest.raises(train.BadInput, match="drawn with --ckpt policy.pt sha256"):  # the file's contents, not its name
+        monkeypatch.setattr(train.metrics, "file_hash", lambda file: "other")
+        train.claim_pictures(train.parse_settings([str(x) for x in arguments]))
 
 
 def test_a_run_on_scenes_is_evaluated_as_it_measured_itself(small_run, tmp_path):
@@ -1251,6 +1266,7 @@ def refused(capsys, monkeypatch, *arguments, lines=1):
         (["--gan", "ranked"], "argument --gan: invalid choice: 'ranked'"),
         (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
         (["--vq", "vq.pt"], "--vq without --ckpt"),
+        (["--evaluate", "a.pt", "--ckpt", "b.pt"], "--evaluate and --ckpt both name a checkpoint"),
         (["--reward", "hpsv2"], "--reward: the embedded world has its own"),
         (["--image-size", "64"], "--image-size 64: the embedded world's pictures have 32 pixels"),
     ],
@@ -1529,10 +1545,13 @@ rankee.decoder_stage = decoder_stage"""
 # ---- all arms beside each other ----------------------------------------------------------------------------------------
 
 
-def test_a_comparison_survives_a_stop_and_adds_up(tmp_path):
+def test_a_comparison_survives_a_stop_and_adds_up(tmp_path, monkeypatch):
     """Else an hour of runs is lost to one signal, or the table mixes up arms: a policy with its own decoder must measure in the
     swap matrix what its run measured, and the arm that moves no decoder must equal the base's."""
     pytest.importorskip("matplotlib", reason="the figures need it")
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # as the runs have; two threads round otherwise, and draw another code now and then
     out = tmp_path / "compare"
     arguments = [*SMALL, "--compare", "--rounds", 1, "--seed", 3, "--out", out]
     first = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, arguments)], stdout=-3, stderr=-3, cwd=HERE)

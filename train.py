@@ -4,6 +4,7 @@
     python train.py --arm policy --out runs/policy          standard RL: the decoder stays frozen
     python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  a public checkpoint; lists what it lacks, and where to get it
     python train.py --ckpt FILE --sample "a red bus"        pictures from any checkpoint in LlamaGen's layout
+    python train.py --evaluate FILE_OR_RUN --data DATA      what the paper reports of a checkpoint: CLIP, FID, token KL
     python train.py … --resume                              go on where the same command was interrupted
     torchrun --nproc_per_node=8 train.py …                  on several GPUs
     python train.py --pretrain --base DIR                   make the embedded world's base again, with --seed
@@ -136,6 +137,8 @@ def parse_settings(arguments):
     preset = {} if public else SCENES
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
+    if "evaluate" in given and "ckpt" in given:
+        raise BadInput("--evaluate and --ckpt both name a checkpoint; leave --ckpt out")
     if "evaluate" in given:
         preset = preset | {"out": "runs/evaluation", "ckpt": given["evaluate"]}
     s = Settings(**(defaults | preset | given))
@@ -205,8 +208,9 @@ def save(out, p, s, done):
 
 
 def differences(was, now):
-    """The options of settings `was` that are not those of `now`."""
-    return ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in now if was.get(name) != now[name])
+    """The options of settings `was` that are not those of `now`; but for the text encoder, which is looked for only where features lack."""
+    names = [name for name in now if was.get(name) != now[name] and name != "t5"]
+    return ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in names)
 
 
 def newest_checkpoint(out, s, changed):
@@ -307,7 +311,9 @@ def same_name_pairs(source):
         files = [(str(path.relative_to(source)), path) for path in sorted(source.rglob("*"))]
     else:
         with tarfile.open(source, "r:") as tar:  # reads headers and skips over what they head
-            files = [(f"{source.stem}/{member.name}", (source, member.offset_data, member.size)) for member in tar]
+            files = [
+                (os.path.normpath(f"{source.stem}/{member.name}"), (source, member.offset_data, member.size)) for member in tar
+            ]
     texts = {name.removesuffix(".txt"): place for name, place in files if name.endswith(".txt")}
     for name, place in files:
         name, suffix = os.path.splitext(name)
@@ -645,11 +651,20 @@ def run(s):
 # ---- pictures from a checkpoint ----------------------------------------------------------------------------------------
 
 
+# What decides a picture.
+DRAWN_WITH = ["ckpt", "vq", "seed", "guidance", "temperature", "top_k", "image_size", "head_size", "precision"]
+DRAWN_WITH += ["data", "count", "sample", "prompts", "layout"]
+
+
 def claim_pictures(s):
-    """Notes in --out what its pictures are drawn with. Raises BadInput where they are another command's."""
+    """Notes in --out what its pictures are drawn with, files by their contents. Raises BadInput where they are another command's."""
     note = Path(s.out) / "pictures.json"
-    now = json.loads(json.dumps(dataclasses.asdict(s) | {"count": 0, "workers": 0}))  # as it comes back
-    if note.exists() and (other := differences(json.loads(note.read_text()), now)):
+    now = {name: getattr(s, name) for name in DRAWN_WITH} | {"sample": list(s.sample)}  # JSON has no tuples
+    now |= {name: metrics.file_hash(now[name]) for name in ("ckpt", "vq", "prompts", "data") if Path(now[name]).is_file()}
+    was = json.loads(note.read_text()) if note.exists() else now
+    if was["count"] < s.count:  # more are drawn beside those
+        was["count"] = s.count
+    if other := differences(was, now):
         raise BadInput(f"--out {s.out} holds pictures drawn with {other}; give that again, or name another folder")
     make_folder(Path(s.out))
     write_whole(note, lambda path: path.write_text(json.dumps(now)))
@@ -683,7 +698,9 @@ def read_prompts(s):
     with reading(f"--prompts {s.prompts}", "a caption a line, or GenEval's .jsonl for its layout"):
         lines = [line for line in Path(s.prompts).read_text("utf-8").splitlines() if line.strip()] if s.prompts else []
         captions = [json.loads(line)["prompt"] for line in lines] if s.layout == "geneval" else lines
-    return [*s.sample, *captions], [""] * len(s.sample) + lines
+    if not captions and not s.sample:
+        raise BadInput(f"--prompts {s.prompts}: holds no caption; expected one a line")
+    return [*s.sample, *captions], [json.dumps({"prompt": text}) for text in s.sample] + lines
 
 
 def write_samples(s):
@@ -709,11 +726,18 @@ def write_samples(s):
         paths = [out / f"{i:05d}" / "samples" / f"{k:04d}.png" for i in range(len(captions)) for k in range(4)]
     else:
         plain = [re.sub("[^a-z0-9]+", " ", text.lower())[:60].strip() for text in captions]
-        paths = [out / f"{i:03d} {text}.png" for i, text in enumerate(plain)]
+        paths = [out / f"{i:05d} {text}.png" for i, text in enumerate(plain)]
         for path in paths:
             path.unlink(missing_ok=True)  # a few pictures: what another seed or checkpoint made is made again
     write_pictures(s, pair, paths, lambda i: features[i * len(captions) // len(paths)])
     print(*paths, sep="\n")
+
+
+def drawing_protocol(s):
+    """Lines that say how pictures were drawn, and from which files."""
+    yield f"seed {s.seed}, guidance {s.guidance}, top-k {s.top_k}, temperature {s.temperature}"
+    yield f"{s.image_size} px; real pictures: middle squares, resized with Lanczos"
+    yield from (metrics.file_hash(file) for file in (s.ckpt, s.vq))
 
 
 # The paper's row of a public file: MS-COCO, 30,000 pictures.
@@ -727,17 +751,19 @@ def evaluate(s):
         w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
         codes, images = paint(policy.to(device), [vq], s, autocast, (w.features, w.text_mask, w.noise))
         print_table([{"checkpoint": Path(s.ckpt).parent.name[:14], **w.measure(codes, images)}])
-        print(f"\n{s.samples} scenes, seed {s.seed}; Fréchet distances by the embedded world's own feature net, not Inception")
-        return
+        print(f"\n{s.samples} scenes; Fréchet distances by the embedded world's own feature net, not Inception")
+        return print(*drawing_protocol(s), sep="\n")
     text = [] if Path(s.t5_features or "?").exists() else ["t5"]
     s, out = find_files(s, ["ckpt", "vq", *text, "clip_b32", "inception", "data"]), Path(s.out)
     pair = load_pair(s)
+    build(s.clip_b32, "the scorer CLIP", metrics.clip_from_entries, *REWARDS["clip"])  # refused now, not after a day
+    metrics.inception(s.inception)
     pairs, _ = list_pairs(s.data)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
     chosen = list({pairs[i][1]: pairs[i] for i in order}.values())[: s.count]  # one caption an image
     policy, vq, device, autocast = pair
-    folder = complete_features(s, chosen, policy.config, device, autocast)
     claim_pictures(s)
+    folder = complete_features(s, chosen, policy.config, device, autocast)
     stream, names = Pairs(chosen, folder, s.image_size, policy.config.prefix, s.seed), {}
     for name, image, caption in tqdm(chosen, "real pictures"):
         path = out / "real" / f"{name}.png"
@@ -750,7 +776,8 @@ def evaluate(s):
             tqdm.write(f"skipped {name}: {first_line(error)}", file=sys.stderr)
     write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
     paths = [out / "samples" / f"{name}.png" for name in names]
-    write_pictures(s, pair, paths, lambda i: stream.read_features(list(names)[i]))
+    order = list(names)
+    write_pictures(s, pair, paths, lambda i: stream.read_features(order[i]))
 
     drawn, real, common = out / "samples", out / "real", {"workers": s.workers, "device": device}
     results = [
@@ -761,10 +788,7 @@ def evaluate(s):
     row = {"checkpoint": Path(s.ckpt).name[:14], **{name: value for numbers, _ in results for name, value in numbers.items()}}
     paper = PAPER.get(Path(s.ckpt).name, {})
     print_table([row] + [{name: paper.get(name, "") for name in row} | {"checkpoint": "paper"}] * bool(paper))
-    print(f"\nDrawn for {len(names)} captions of {s.data}, one an image; seed {s.seed}, guidance {s.guidance}, top-k {s.top_k},")
-    print(
-        f"temperature {s.temperature}; {s.image_size} px, middle squares, Lanczos; {metrics.file_hash(s.ckpt)}, {metrics.file_hash(s.vq)}"
-    )
+    print(f"\nDrawn for {len(names)} captions of {s.data}, one an image", *drawing_protocol(s), sep="\n")
     print(*(line for _, protocol in results for line in protocol), sep="\n")
 
 
@@ -789,7 +813,8 @@ def side_by_side(commands, at_once):
         while not status and (running or waiting):
             while waiting and len(running) < at_once:
                 command = [sys.executable, __file__, *map(str, waiting.pop(0))]
-                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
+                # A session of its own: what a child has started ends with it, and Ctrl-C reaches it through this process alone.
+                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True))
             time.sleep(0.2)
             status = 128 + received[0] if received else max(abs(child.poll() or 0) for child in running)
             still = [child for child in running if child.poll() is None]
@@ -797,9 +822,11 @@ def side_by_side(commands, at_once):
                 bar.update(len(running) - len(still))
             running = still
     for child in running:
-        child.terminate()
+        os.killpg(child.pid, signal.SIGTERM)
     for child in running:
         child.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if status:
         sys.exit(status)
 
@@ -814,7 +841,7 @@ def compare(s, arguments):
     make_folder(out, *([] if s.resume else ["results.json"]))
     folders = {seed: {arm: out / f"seed-{seed}" / arm.replace(" ", "-") for arm in ARMS} for seed in seeds}
     bases = {seed: out / f"seed-{seed}" / "base" if s.pretrain else s.base_folder for seed in seeds}
-    command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seed", seed, "--base", bases[seed]]
+    command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seeds", 1, "--seed", seed, "--base", bases[seed]]
     lacking = [seed for seed in seeds if s.pretrain and not (bases[seed] / "judges.pt").exists()]
     side_by_side([[*command(seed), "--pretrain"] for seed in lacking], 1)  # each has two processes of its own
     own = lambda seed, arm: ["--resume", "--measure-every", s.measure_every, "--out", folders[seed][arm], *ARMS[arm].split()]
