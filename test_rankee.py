@@ -6,7 +6,9 @@ public checkpoints.
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -161,12 +163,13 @@ def test_lpips_is_the_one_llamagen_trained_with():
 
 
 def measured(*arguments):
-    """What `python metrics.py` prints: the first line's numbers by name, and everything."""
-    command = [sys.executable, str(HERE / "metrics.py"), *map(str, arguments), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.splitlines()[0].split("   ")
-    return {name: float(value) for name, value in (word.rsplit(" ", 1) for word in words)}, done.stdout + done.stderr
+    """What `metrics.py` prints, called without a process of its own: the first line's numbers by name, and everything."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["metrics.py", *map(str, arguments), "--workers", "0", "--device", "cpu"])
+        metrics.main()
+    words = out.getvalue().splitlines()[0].split("   ")
+    return {name: float(value) for name, value in (word.rsplit(" ", 1) for word in words)}, out.getvalue() + err.getvalue()
 
 
 def metrics_refuses(monkeypatch, capsys, *arguments):
@@ -213,7 +216,10 @@ def test_fid_command_is_the_distance_of_the_pictures(two_folders, tmp_path, prep
         and "sha256" in printed
         and "biased" in printed
     )
-    if preprocess == "clean":  # saved statistics stand for the folder
+    if preprocess == "clean":  # the command itself, with its worker processes; saved statistics stand for the folder
+        arguments = ["fid", two_folders / "a", two_folders / "b", *options, "--device", "cpu"]
+        done = subprocess.run([sys.executable, HERE / "metrics.py", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and float(done.stdout.split()[1]) == pytest.approx(numbers["FID"], rel=1e-4), done.stderr
         measured("statistics", two_folders / "a", tmp_path / "a.npz", *options)
         with np.load(tmp_path / "a.npz") as saved:  # what pytorch-fid reads
             np.testing.assert_allclose(saved["mu"], sides[0], atol=1e-5)
