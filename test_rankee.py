@@ -1150,6 +1150,7 @@ def test_evaluation_is_what_the_metrics_say_of_its_pictures(public_files, two_fo
     """Else the table is of other pictures than those in the folder, or an interrupted evaluation ends with another number."""
     write_pairs(tmp_path / "pairs")
     notes = [{"id": i, "image_id": i % 4, "caption": f"{CAPTIONS[i % 4]} {i}"} for i in range(6)]
+    notes.append({"id": 6, "image_id": 0, "caption": " "})
     images = [{"id": i, "file_name": f"{i}.png"} for i in range(4)]
     (tmp_path / "pairs" / "captions_val.json").write_text(json.dumps({"images": images, "annotations": notes}))
     write_features(tmp_path / "t5", [str(i) for i in range(6)])
@@ -1176,7 +1177,9 @@ def test_evaluation_is_what_the_metrics_say_of_its_pictures(public_files, two_fo
         "--workers",
         0,
     ]
-    printed = finished(*arguments).stdout
+    done = finished(*arguments)
+    printed = done.stdout
+    assert "skipped 6: no caption" in done.stderr and "(1 so far)" in done.stderr  # said and counted, not drawn
     table = printed.replace("token KL", "shift").replace("reverse KL", "reverse").strip().split("\n")
     names, values = (line.split() for line in table[:2])
     samples = sorted((out / "samples").glob("*.png"))

@@ -758,7 +758,7 @@ def evaluate(s):
     pair = load_pair(s)
     build(s.clip_b32, "the scorer CLIP", metrics.clip_from_entries, *REWARDS["clip"])  # refused now, not after a day
     metrics.inception(s.inception)
-    pairs, _ = list_pairs(s.data)
+    pairs, skipped = list_pairs(s.data)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
     chosen = list({pairs[i][1]: pairs[i] for i in order}.values())[: s.count]  # one caption an image
     policy, vq, device, autocast = pair
@@ -773,7 +773,9 @@ def evaluate(s):
                 write_picture(path, real, vq.to(device).encode(real[None])[0])
             names[name] = caption
         except metrics.UNREADABLE as error:
-            tqdm.write(f"skipped {name}: {first_line(error)}", file=sys.stderr)
+            skipped.append(f"{name}: {first_line(error)}")
+    for i, line in enumerate(skipped, 1):
+        print(f"skipped {line} ({i} so far)", file=sys.stderr)
     write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
     paths = [out / "samples" / f"{name}.png" for name in names]
     order = list(names)
