@@ -68,11 +68,30 @@ def reading(path, expected):
         raise BadInput(f"{path}: {first_line(error)}; expected {expected}") from error
 
 
-def read_checkpoint(path):
-    """What a .pt or .safetensors file holds, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
+def weight_files(path):
+    """The files of a checkpoint: itself, or in a folder model.safetensors or pytorch_model.bin, whole or as an index lists its parts."""
     path = Path(path)
+    if not path.is_dir():
+        return [path]
+    for file in (path / "model.safetensors", path / "pytorch_model.bin"):
+        if file.exists():
+            return [file]
+        index = file.with_name(file.name + ".index.json")
+        if index.exists():
+            with reading(index, "an index of weights"):
+                return [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    raise BadInput(
+        f"{path}: a folder without model.safetensors or pytorch_model.bin, whole or with an index; expected a checkpoint"
+    )
+
+
+def read_checkpoint(path):
+    """What .pt or .safetensors files hold, mapped and not copied; a pickle that would run code is refused. Raises BadInput."""
+    path, *more = weight_files(path)
+    if more:
+        return functools.reduce(dict.__or__, map(read_checkpoint, [path, *more]))
     if not path.is_file():
-        raise BadInput(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; expected a checkpoint")
+        raise BadInput(f"{path}: no such file; expected a checkpoint")
     with reading(path, "an undamaged checkpoint of plain weights; get it again"):
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -382,8 +401,12 @@ def square(size, picture):
 
 
 def file_hash(path):
-    with open(path, "rb") as file:
-        return f"{Path(path).name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    digest = hashlib.sha256()
+    for part in weight_files(path):
+        with open(part, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return f"{Path(path).name} sha256 {digest.hexdigest()[:12]}"
 
 
 def inception(weights, device="cpu"):

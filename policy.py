@@ -1,18 +1,21 @@
 """The policy π_θ: an autoregressive transformer over VQ codes, its sampling and its log-probabilities.
 
-The architecture is LlamaGen's text-to-image model (Sun et al. 2024, arXiv 2406.06525), entry for entry, so that its public
-files load strictly. Sizes are read from a file's shapes:
+One transformer serves LlamaGen's text-to-image model (Sun et al. 2024, arXiv 2406.06525), whose entry names it has, and
+Janus-Pro's generation side (Chen et al. 2025, arXiv 2501.17811). What differs is small modules, put together in `llamagen_parts`
+and `janus_parts`: how a caption and a code become embeddings, the rotary embedding, the output. Sizes are read from shapes:
 
     file                      layers  heads  dim    codes   prefix  parameters
-    scenes/policy.pt               3      3    96     512        8       0.5 M
+    scenes/policy.pt               3      6    96     512        8       0.5 M
     t2i_XL_stage1_256.pt          36     20  1280   16384      120       775 M
     t2i_XL_stage2_512.pt          36     20  1280   16384      120       775 M
+    Janus-Pro-1B/                 24     16  2048   16384    ≤ 512      1480 M, of them 210 M words
 
-Two things differ from a Llama and are easy to get wrong:
-- The prefix (the caption) is not rotated by zero, it is *multiplied* by zero: LlamaGen's rotary table is all zeros there,
+Easy to get wrong:
+- LlamaGen's prefix (the caption) is not rotated by zero, it is *multiplied* by zero: its rotary table is all zeros there,
   so q and k of text positions vanish and text attends evenly to the text before it.
 - Captions are left-padded, and a padded position is no key for anyone but itself. One mask, `attention_mask`, serves sampling
   and scoring; with two, the log-probabilities are those of another model.
+- Janus rotates a head's first half against its second, LlamaGen neighbours: rows of q and k change places at load and at save.
 
 Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N image tokens, V codes, C features of the text encoder.
 """
@@ -21,6 +24,7 @@ import html
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote_plus
 
 import torch
@@ -42,6 +46,8 @@ class PolicyConfig:
     caption_dim: int = 64  # C
     grid: int = 8
     norm_eps: float = 1e-5
+    words: int = 0  # Janus' vocabulary; 0 is LlamaGen's layout
+    pad: int = 0  # Janus' word that stands for "no caption"
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
@@ -55,23 +61,39 @@ def run(function, *inputs, recompute):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
 
 
-def rotary_table(config, base=10000.0):
-    """Cosines and sines of LlamaGen's 2-D rotary embedding, (T + N, head_size / 2, 2).
+class GridRotary(nn.Module):
+    """LlamaGen's 2-D rotary embedding: the first half of a head's pairs turns with the row, the second with the column."""
 
-    The first half of the pairs turns with the row, the second with the column. The T prefix rows are zero (see above).
-    """
-    quarter = config.head_size // 4
-    frequencies = base ** (-torch.arange(quarter) / quarter)
-    turns = torch.arange(config.grid)[:, None] * frequencies  # (grid, quarter)
-    angles = torch.cat([turns.repeat_interleave(config.grid, 0), turns.repeat(config.grid, 1)], -1)  # (N, head_size / 2)
-    table = torch.stack([angles.cos(), angles.sin()], -1)
-    return torch.cat([torch.zeros(config.prefix, *table.shape[1:]), table])
+    def __init__(self, config, base=10000.0):
+        super().__init__()
+        quarter = config.head_size // 4
+        turns = torch.arange(config.grid)[:, None] * base ** (-torch.arange(quarter) / quarter)  # (grid, quarter)
+        angles = torch.cat([turns.repeat_interleave(config.grid, 0), turns.repeat(config.grid, 1)], -1)  # (N, head_size / 2)
+        self.register_buffer("table", torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
+
+    def forward(self, text_mask, tokens):
+        """Cosines and sines (R, T + tokens, head_size / 2, 2) for text_mask (R, T); zero over the prefix (see above)."""
+        return F.pad(self.table[:tokens], (0, 0, 0, 0, text_mask.shape[1], 0)).expand(len(text_mask), -1, -1, -1)
+
+
+class LineRotary(nn.Module):
+    """Llama's 1-D rotary embedding; a row's positions are counted from its first real word."""
+
+    def __init__(self, config, base=10000.0):
+        super().__init__()
+        half = config.head_size // 2
+        self.register_buffer("frequencies", base ** (-torch.arange(half) / half), persistent=False)
+
+    def forward(self, text_mask, tokens):
+        positions = F.pad(text_mask, (0, tokens), value=True).cumsum(1) - 1  # (R, T + tokens)
+        angles = positions[..., None] * self.frequencies
+        return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def rotate(x, table):
-    """Turns neighbouring pairs of `x` (R, heads, L, head_size) by `table` (L, head_size / 2, 2)."""
+    """Turns neighbouring pairs of `x` (…, R, heads, L, head_size) by `table` (R, L, head_size / 2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.unbind(-1)
+    cos, sin = table.unsqueeze(1).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
 
@@ -82,14 +104,13 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, table, mask, cache, start):
-        q, k, v = self.wqkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # each (R, heads, L, head_size)
-        q, k = rotate(q, table), rotate(k, table)
+    def forward(self, x, table, mask, cache, at):
+        qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_size)
+        (q, k), v = rotate(qkv[:2], table), qkv[2]
         if cache is not None:
-            end = start + x.shape[1]
-            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
-            k, v = cache[:, :, :, :end]  # only the filled part is attended to
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            cache.index_copy_(3, at, torch.stack([k, v]))
+            k, v = cache[:, :, :, : mask.shape[-1]]  # only what the mask speaks of is attended to
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -112,13 +133,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, table, mask, cache, start):
-        x = x + self.attention(self.attention_norm(x), table, mask, cache, start)
+    def forward(self, x, table, mask, cache, at):
+        x = x + self.attention(self.attention_norm(x), table, mask, cache, at)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class CaptionEmbedding(nn.Module):
-    """Text features to prefix embeddings; holds the features that stand for "no caption" in guidance."""
+    """LlamaGen's: text features to prefix embeddings; holds the features that stand for "no caption" in guidance."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,25 +147,55 @@ class CaptionEmbedding(nn.Module):
         inside, outside = (nn.Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
         self.cap_proj = nn.Sequential(OrderedDict(fc1=inside, gelu=nn.GELU("tanh"), fc2=outside))
 
-    def forward(self, features, guided):
+    def forward(self, features, text_mask, guided):
         """(B, T, C) to (B, T, dim); with `guided` (2B, T, dim), the unconditional half last."""
         if guided:
-            features = torch.cat([features, self.uncond_embedding.expand_as(features)])
+            features = torch.cat([features, self.uncond_embedding[-features.shape[1] :].expand_as(features)])
         return self.cap_proj(features)
 
 
+class PromptEmbedding(nn.Module):
+    """Janus': words of a prompt (B, T) to prefix embeddings. "No caption" keeps a prompt's first and last word and has pad words
+    between them, which are attended to."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pad = config.pad
+        # Never trained: most words get no gradient in a run, and weight decay would shrink them all the same.
+        self.embed_tokens = nn.Embedding(config.words, config.dim).requires_grad_(False)
+
+    def forward(self, words, text_mask, guided):
+        if guided:
+            ends = text_mask & ~F.pad(text_mask[:, :-1], (1, 0))  # the first real word
+            ends[:, -1] = True
+            words = torch.cat([words, words.where(ends, self.pad)])
+        return self.embed_tokens(words)
+
+
+def llamagen_parts(c):
+    """Prefix embedding, code embedding, output, rotary embedding, under LlamaGen's entry names."""
+    return CaptionEmbedding(c), nn.Embedding(c.codes, c.dim), nn.Linear(c.dim, c.codes, bias=False), GridRotary(c)
+
+
+def janus_parts(c, code_size=8):
+    """The same of Janus, under its entry names."""
+    aligner = nn.Sequential(nn.Linear(code_size, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
+    gen_aligner = nn.Sequential(OrderedDict(layers=aligner))
+    codes = nn.Sequential(OrderedDict(gen_embed=nn.Embedding(c.codes, code_size), gen_aligner=gen_aligner))
+    head = {"output_mlp_projector": nn.Linear(c.dim, c.dim), "gelu": nn.GELU(), "vision_head": nn.Linear(c.dim, c.codes)}
+    return PromptEmbedding(c), codes, nn.Sequential(OrderedDict(gen_head=nn.Sequential(OrderedDict(head)))), LineRotary(c)
+
+
 class Policy(nn.Module):
-    """LlamaGen's transformer. Attribute names are its entry names."""
+    """The transformer. Attribute names are LlamaGen's entry names."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.cls_embedding = CaptionEmbedding(config)
-        self.tok_embeddings = nn.Embedding(config.codes, config.dim)
+        parts = janus_parts(config) if config.words else llamagen_parts(config)
+        self.cls_embedding, self.tok_embeddings, self.output, self.rotary = parts
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.codes, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
 
     def initialize(self, generator):
         """LlamaGen's start of training: every matrix N(0, 0.02), "no caption" as large as a caption, the output zero."""
@@ -155,20 +206,20 @@ class Policy(nn.Module):
         nn.init.zeros_(self.output.weight)
         return self
 
-    def forward(self, x, mask, cache=None, start=0, recompute=False):
-        """Embeddings (R, L, dim) of positions start … start + L to last hidden states of the same shape.
+    def forward(self, x, table, mask, cache=None, at=None, recompute=False):
+        """Embeddings (R, L, dim) to last hidden states of the same shape.
 
-        `mask` (R, 1, L, keys) is true where a position may look. `cache`, from `new_cache`, is read and written. With `recompute`
-        only the layers' inputs are kept for the backward pass (gradient checkpointing).
+        `table` (R, L, head_size / 2, 2) is of `rotary`. `mask` (R, 1, L, keys) is true where a position may look; None is causal.
+        `cache`, from `new_cache`, is written at positions `at` (L,) and read up to the mask's keys. With `recompute` only the
+        layers' inputs are kept for the backward pass (gradient checkpointing).
         """
-        table = self.rotary[start : start + x.shape[1]]
         for i, layer in enumerate(self.layers):
-            x = run(layer, x, table, mask, None if cache is None else cache[i], start, recompute=recompute)
+            x = run(layer, x, table, mask, None if cache is None else cache[i], at, recompute=recompute)
         return self.norm(x)
 
     def new_cache(self, rows, positions):
         """Room for the keys and values of `rows` sequences: (layers, 2, rows, heads, positions, head_size)."""
-        c, weight = self.config, self.output.weight
+        c, weight = self.config, self.norm.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return torch.empty((c.layers, 2, rows, c.dim // c.head_size, positions, c.head_size), device=weight.device, dtype=dtype)
@@ -225,17 +276,50 @@ def t5_features(folder, captions, prefix, device, autocast, batch=32):
             yield rows[:length].float().cpu()
 
 
+class JanusPrompts:
+    """Captions to the words (n,) of Janus' prompts, by the tokenizer in its folder. Needs the package transformers.
+
+    Raises KeyError where the tokenizer lacks one of the words that the prompt or guidance needs.
+    """
+
+    def __init__(self, folder):
+        from transformers import PreTrainedTokenizerFast
+
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
+        known = self.tokenizer.get_vocab()
+        self.begin, self.pad, self.image = (
+            known[word] for word in ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
+        )
+
+    def __call__(self, caption, name=None):
+        words = lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        end = [*words("\n\n<|Assistant|>:"), self.image]
+        prompt = words(f"<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>")
+        if len(prompt) >= LONGEST_PROMPT:  # a caption's tail is cut, not what follows it
+            prompt = [*prompt[: LONGEST_PROMPT - 1 - len(end)], *end]
+        return torch.tensor([self.begin, *prompt])
+
+
+LONGEST_PROMPT = 512  # words; Janus itself would take 16,384
+
+
 def left_pad(features, prefix):
-    """Stacks captions' features, each (n, C) with n ≤ `prefix` = T, into (B, T, C) and a mask (B, T), true where text is.
+    """Stacks captions' features, each (n, C) or words (n,), n ≤ `prefix` = T, into (B, T, …) and a mask (B, T), true where text is.
 
     LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
     """
     for rows in features:
         if not 0 < len(rows) <= prefix:
             raise ValueError(f"a caption has {len(rows)} text features; the policy takes 1 to {prefix}")
-    padded = torch.stack([F.pad(rows, (0, 0, prefix - len(rows), 0)) for rows in features])
+    padded = torch.stack([torch.cat([rows.new_zeros(prefix - len(rows), *rows.shape[1:]), rows]) for rows in features])
     lengths = torch.tensor([len(rows) for rows in features])
     return padded, torch.arange(prefix) >= prefix - lengths[:, None]
+
+
+def without_padding(features, text_mask):
+    """Both without the positions that are padding in every row: no row looks at them, so nothing but time depends on them."""
+    longest = text_mask.sum(1).amax()
+    return features[:, -longest:], text_mask[:, -longest:]
 
 
 def attention_mask(text_mask, tokens):
@@ -290,17 +374,20 @@ def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, to
     Returns codes (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
     """
     B, G, N = noise.shape
+    features, text_mask = without_padding(features, text_mask)
     T, guided = features.shape[1], guidance != 1
     noise = noise.flatten(0, 1)
+    x = policy.cls_embedding(features, text_mask, guided)
     text_mask = text_mask.repeat(2, 1) if guided else text_mask
-    mask = attention_mask(text_mask, N - 1)
+    table, mask = policy.rotary(text_mask, N - 1), attention_mask(text_mask, N - 1)
+    at = torch.arange(T + N - 1, device=noise.device)
 
     # The caption is read once and its keys and values are shared by its G rollouts.
     prefix = policy.new_cache(len(text_mask), T)
-    hidden = policy(policy.cls_embedding(features, guided), mask[:, :, :T, :T], prefix)
+    hidden = policy(x, table[:, :T], mask[:, :, :T, :T], prefix, at[:T])
     cache = policy.new_cache(len(text_mask) * G, T + N - 1)
     cache[:, :, :, :, :T].unflatten(2, (-1, G)).copy_(prefix.unsqueeze(3))
-    hidden, mask = hidden[:, -1:].repeat_interleave(G, 0), mask.repeat_interleave(G, 0)  # (R or 2R, 1, dim)
+    hidden, table, mask = (tensor.repeat_interleave(G, 0) for tensor in (hidden[:, -1:], table, mask))  # R or 2R rows
 
     codes = torch.empty(B * G, N, dtype=torch.long, device=noise.device)
     chosen = torch.empty(B * G, N, device=noise.device)
@@ -310,8 +397,8 @@ def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, to
         chosen[:, n] = log_probs.gather(1, codes[:, n : n + 1])[:, 0]
         if n + 1 < N:
             x = policy.tok_embeddings(codes[:, n : n + 1])
-            at = T + n
-            hidden = policy(torch.cat([x, x]) if guided else x, mask[:, :, at : at + 1, : at + 1], cache, at)
+            now = slice(T + n, T + n + 1)
+            hidden = policy(torch.cat([x, x]) if guided else x, table[:, now], mask[:, :, now, : T + n + 1], cache, at[now])
     return codes.view(B, G, N), chosen.view(B, G, N)
 
 
@@ -322,11 +409,14 @@ def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperatur
     temperature it scores what was sampled, but for top-k: a code outside the reference's top k would have an infinite KL.
     Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a row at N = 1024, and softmax takes several.
     """
-    T, guided = features.shape[1], guidance != 1
-    x, inputs = policy.cls_embedding(features, guided), policy.tok_embeddings(codes[:, :-1])
+    features, text_mask = without_padding(features, text_mask)
+    T, N, guided = features.shape[1], codes.shape[1], guidance != 1
+    x, inputs = policy.cls_embedding(features, text_mask, guided), policy.tok_embeddings(codes[:, :-1])
     if guided:
         inputs, text_mask = inputs.repeat(2, 1, 1), text_mask.repeat(2, 1)
-    hidden = policy(torch.cat([x, inputs], 1), attention_mask(text_mask, codes.shape[1] - 1), recompute=recompute)
+    # Where no row is padded the mask is merely causal, and a kernel that knows that needs none.
+    mask = None if text_mask.all() else attention_mask(text_mask, N - 1)
+    hidden = policy(torch.cat([x, inputs], 1), policy.rotary(text_mask, N - 1), mask, recompute=recompute)
     hidden = hidden[:, T - 1 :]  # (R or 2R, N, dim); the last prefix position predicts the first code
 
     def score(hidden, codes):
@@ -356,5 +446,74 @@ def policy_from_entries(entries, grid, head_size=None):
     with torch.device("meta"):
         policy = Policy(config)
     policy.load_state_dict(entries, strict=True, assign=True)
-    policy.rotary = rotary_table(config)
+    policy.rotary = GridRotary(config)
     return policy.float()
+
+
+# Our names as Janus has them, by patterns; * is q, k and v, which are one matrix here.
+JANUS_NAMES = {
+    r"^(tok_embeddings|output)\.": "",
+    r"^(layers\.|norm\.)": r"language_model.model.\1",
+    r"^cls_embedding\.": "language_model.model.",
+    r"attention\.wqkv": "self_attn.*_proj",
+    r"attention\.wo": "self_attn.o_proj",
+    r"feed_forward\.w1": "mlp.gate_proj",
+    r"feed_forward\.w3": "mlp.up_proj",
+    r"feed_forward\.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+# What else its file holds: for understanding pictures, for writing text, and the tokenizer.
+JANUS_OTHERS = ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
+
+
+def janus_names(name):
+    """The one or three entries in Janus' file that hold our entry `name`."""
+    for ours, theirs in JANUS_NAMES.items():
+        name = re.sub(ours, theirs, name)
+    return [name.replace("*", part) for part in "qkv"] if "*" in name else [name]
+
+
+def swap_pairs(weight, head_size, back=False):
+    """Rows of a q or k matrix from Janus' order, where row i turns with row i + head_size / 2 of its head, to ours, neighbours."""
+    sizes = (head_size // 2, 2) if back else (2, head_size // 2)
+    return weight.unflatten(0, (-1, *sizes)).transpose(1, 2).flatten(0, 2)
+
+
+def janus_from_entries(entries, sizes, pad, grid):
+    """A policy from Janus' entries; `sizes` is its config.json, which may leave sizes out, and `pad` the tokenizer's pad word.
+
+    Raises like `policy_from_entries`; entries that are not of image generation are left out.
+    """
+    entries = {name: value for name, value in entries.items() if not name.startswith(JANUS_OTHERS)}
+    words, dim = entries["language_model.model.embed_tokens.weight"].shape
+    layers = 1 + max((int(name.split(".")[3]) for name in entries if name.startswith("language_model.model.layers.")), default=-1)
+    language = sizes.get("language_config", {})
+    config = PolicyConfig(
+        dim, layers, dim // language["num_attention_heads"] if "num_attention_heads" in language else 128,
+        hidden=entries["language_model.model.layers.0.mlp.gate_proj.weight"].shape[0], codes=len(entries["gen_embed.weight"]),
+        prefix=LONGEST_PROMPT, caption_dim=0, grid=grid, norm_eps=language.get("rms_norm_eps", 1e-6), words=words, pad=pad,
+    )  # fmt: skip
+    with torch.device("meta"):
+        policy = Policy(config)
+    ours = {}
+    for name in policy.state_dict():
+        parts = [entries.pop(theirs) for theirs in janus_names(name)]
+        if parts[1:]:
+            parts[:2] = (swap_pairs(part, config.head_size) for part in parts[:2])
+        ours[name] = torch.cat(parts) if parts[1:] else parts[0]
+    policy.load_state_dict(ours | entries, strict=True, assign=True)  # what is left is surplus, and named
+    policy.rotary = LineRotary(config)
+    return policy.float()
+
+
+def janus_entries(state, head_size):
+    """A policy's state dict in Janus' names and row order: `janus_from_entries` backwards."""
+    entries = {}
+    for name, value in state.items():
+        names = janus_names(name)
+        parts = list(value.chunk(len(names)))
+        if parts[1:]:
+            parts[:2] = (swap_pairs(part, head_size, back=True) for part in parts[:2])
+        entries |= zip(names, parts)
+    return entries

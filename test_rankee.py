@@ -1,6 +1,6 @@
 """Each test names what would be wrong in the world if it failed. `pytest` runs all of them in minutes on two cores.
 
-testdata/reference.npz holds outputs of the public programs (LlamaGen, its VQ tokenizer, pytorch-fid, clean-fid, LPIPS) on weights
+testdata/reference.npz holds outputs of the public programs (LlamaGen, its VQ tokenizer, Janus, pytorch-fid, clean-fid, LPIPS) on weights
 that are a function of their names, so that no weights need to be stored; testdata/manifests.json the names and shapes of
 public checkpoints.
 """
@@ -8,6 +8,7 @@ public checkpoints.
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -69,6 +70,20 @@ def llamagen():
 
 
 @pytest.fixture(scope="module")
+def janus():
+    """Prompts of 6, 3 and 9 words in one batch."""
+    meta = META["janus"]
+    entries, sizes = fill(meta["shapes"], meta["scale"]), {"language_config": meta["language_config"]}
+    policy = policies.janus_from_entries(entries, sizes, meta["pad_id"], grid=4)
+    return policy, *policies.left_pad([torch.tensor(words) for words in meta["prompt_ids"]], 12)
+
+
+@pytest.fixture(params=["llamagen", "janus"])
+def backbone(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
 def llamagen_vq():
     return tokenizers.vq_from_entries(fill(META["vq"]["shapes"]))
 
@@ -76,22 +91,62 @@ def llamagen_vq():
 # ---- the public programs' numbers --------------------------------------------------------------------------------------
 
 
-def test_policy_scores_like_llamagen(llamagen):
+def test_policy_scores_like_the_public_program(request, backbone):
     """Else a public checkpoint would be post-trained as another model than the one its authors sample from."""
-    policy, features, mask = llamagen
-    tokens = reference("llamagen.tokens")
+    (policy, features, mask), name = backbone, request.node.callspec.params["backbone"]
+    tokens = reference(f"{name}.tokens")
     log_probs = policies.token_log_probs(policy, features, mask, tokens)
-    torch.testing.assert_close(log_probs, reference("llamagen.logprobs"), atol=1e-4, rtol=0)
-    prefix = policy.cls_embedding(features, guided=False)
-    hidden = policy(torch.cat([prefix, policy.tok_embeddings(tokens[:, :-1])], 1), policies.attention_mask(mask, 15))
-    torch.testing.assert_close(policy.output(hidden[:, 11:]), reference("llamagen.logits"), atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_probs, reference(f"{name}.logprobs"), atol=1e-4, rtol=0)
+    x = torch.cat([policy.cls_embedding(features, mask, guided=False), policy.tok_embeddings(tokens[:, :-1])], 1)
+    hidden = policy(x, policy.rotary(mask, 15), policies.attention_mask(mask, 15))
+    torch.testing.assert_close(policy.output(hidden[:, 11:]), reference(f"{name}.logits"), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("guidance, expected", [(1.0, "greedy_tokens"), (META["llamagen"]["cfg_scale"], "greedy_tokens_cfg")])
-def test_policy_samples_like_llamagen(llamagen, guidance, expected):
+def test_policy_samples_like_the_public_program(request, backbone):
     """Else rollouts would come from a model that no published number describes."""
-    codes, _ = policies.sample(*llamagen, torch.rand(3, 1, 16), guidance, top_k=1)
-    assert torch.equal(codes[:, 0], reference(f"llamagen.{expected}"))
+    name = request.node.callspec.params["backbone"]
+    for guidance, expected in ((1.0, "greedy_tokens"), (META[name]["cfg_scale"], "greedy_tokens_cfg")):
+        codes, _ = policies.sample(*backbone, torch.rand(3, 1, 16), guidance, top_k=1)
+        assert torch.equal(codes[:, 0], reference(f"{name}.{expected}"))
+
+
+def test_janus_goes_back_as_it_came(janus):
+    """Else what is saved is no Janus: its own program would turn the wrong halves of a head, or meet other names."""
+    meta = META["janus"]
+    entries = fill(meta["shapes"], meta["scale"])
+    back = policies.janus_entries(janus[0].state_dict(), 16)
+    assert set(back) == {name for name in entries if not name.startswith(policies.JANUS_OTHERS)}
+    assert all(torch.equal(value, entries[name]) for name, value in back.items())
+    vq = tokenizers.vq_from_entries(train.under("gen_vision_model.", entries))
+    torch.testing.assert_close(vq.decode(reference("janus.tokens")), reference("janus.decoded"), atol=1e-4, rtol=0)
+
+
+def test_janus_pro_1b_has_the_entries_we_expect():
+    """Else the real file would be refused after its download. Names are those of the reference's small model, repeated for 24
+    layers; sizes are the published ones. The tokenizer is that of `vq_ds16_t2i.pt`."""
+    dim, hidden, words = 2048, 5632, 102400
+    sizes = {64: dim, 176: hidden, 100: words, 128: 16384}  # the small model's → Janus-Pro-1B's
+    entries = {}
+    for name, shape in META["janus"]["shapes"].items():
+        if not name.startswith("gen_vision_model.") and ".layers.1." not in name:
+            shape = [sizes.get(size, size) for size in shape]
+            copies = (
+                [name.replace(".layers.0.", f".layers.{i}.") for i in range(24)]
+                if "language_model.model.layers" in name
+                else [name]
+            )
+            entries |= dict.fromkeys(copies, shape)
+    entries |= {f"gen_vision_model.{name}": shape for name, shape in MANIFESTS["vq_ds16_t2i.pt"].items()}
+    entries |= {"vision_model.vision_tower.pos_embed": [1, 576, 1024], "aligner.layers.0.weight": [dim, 1024]}
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in entries.items()}
+        policy = policies.janus_from_entries(tensors, {}, 100002, 24)
+        vq = tokenizers.vq_from_entries(train.under("gen_vision_model.", tensors))
+    ours = policies.janus_entries(policy.state_dict(), 128) | {f"gen_vision_model.{n}": v for n, v in vq.state_dict().items()}
+    rest = {name for name in entries if name.startswith(("vision_model.", "aligner.", "language_model.lm_head."))}
+    assert {name: list(value.shape) for name, value in ours.items()} == {n: s for n, s in entries.items() if n not in rest}
+    assert (policy.config.layers, policy.config.head_size, policy.config.codes) == (24, 128, 16384)
+    assert sum(p.numel() for p in policy.parameters()) == pytest.approx(1.48e9, rel=0.01)
 
 
 def test_tokenizer_is_llamagens(llamagen_vq):
@@ -347,10 +402,10 @@ def test_shift_of_pictures_is_that_of_their_codes(tmp_path):
 # ---- sampling and scoring ----------------------------------------------------------------------------------------------
 
 
-def test_sampled_and_scored_log_probabilities_agree(llamagen):
+def test_sampled_and_scored_log_probabilities_agree(backbone):
     """Else π_old is not the policy that sampled: ratios start away from 1 and the gradient is that of another model. The
-    captions have 12, 5 and 1 tokens, so a mask that differs between the two paths shows."""
-    policy, features, mask = llamagen
+    captions differ in length, so a mask that differs between the two paths shows."""
+    policy, features, mask = backbone
     noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0))
     rows = lambda x: x.repeat_interleave(2, 0)
     for guidance, temperature in ((1.0, 1.0), (3.0, 0.7)):
@@ -360,18 +415,18 @@ def test_sampled_and_scored_log_probabilities_agree(llamagen):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_cached_sampling_equals_recomputation(llamagen, guidance):
+def test_cached_sampling_equals_recomputation(backbone, guidance):
     """Else a stale or misplaced cache entry changes tokens, which no loss would ever show."""
-    policy, features, mask = llamagen
+    policy, features, mask = backbone
     noise = torch.rand(3, 1, 16, generator=torch.Generator().manual_seed(1))
     fast, _ = policies.sample(policy, features, mask, noise, guidance, top_k=50)
     codes = torch.empty(3, 0, dtype=torch.long)
     with torch.no_grad():
         for n in range(16):
             logits = []
-            for text in (features, policy.cls_embedding.uncond_embedding.expand_as(features)):
-                x = torch.cat([policy.cls_embedding(text, False), policy.tok_embeddings(codes)], 1)
-                logits.append(policy.output(policy(x, policies.attention_mask(mask, n)))[:, -1])
+            for text in policy.cls_embedding(features, mask, guided=True).chunk(2):
+                x = torch.cat([text, policy.tok_embeddings(codes)], 1)
+                logits.append(policy.output(policy(x, policy.rotary(mask, n), policies.attention_mask(mask, n)))[:, -1])
             logits = logits[1] + guidance * (logits[0] - logits[1])
             kept = logits.argsort(1, descending=True)[:, :50]
             chances = torch.zeros_like(logits).scatter(1, kept, logits.gather(1, kept).softmax(1))
@@ -380,9 +435,9 @@ def test_cached_sampling_equals_recomputation(llamagen, guidance):
     assert torch.equal(fast[:, 0], codes)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(llamagen):
+def test_a_row_does_not_depend_on_its_neighbours(backbone):
     """Else a caption's picture would change with the batch it is in, and no evaluation could be repeated."""
-    policy, features, mask = llamagen
+    policy, features, mask = backbone
     noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(2))
     together, _ = policies.sample(policy, features, mask, noise, 2.0)
     for row in range(3):
@@ -390,11 +445,11 @@ def test_a_row_does_not_depend_on_its_neighbours(llamagen):
         assert torch.equal(alone[0, 0], together[row, 1])
 
 
-def test_padding_is_never_read(llamagen):
+def test_padding_is_never_read(backbone):
     """Else the number of padded positions would speak in every caption's prediction."""
-    policy, features, mask = llamagen
-    codes = reference("llamagen.tokens")
-    rubbish = torch.where(mask[..., None], features, 100.0)
+    policy, features, mask = backbone
+    codes = reference("llamagen.tokens") % 128
+    rubbish = features.where(mask.view(*mask.shape, *[1] * (features.dim() - 2)), 99)
     clean, dirty = (policies.token_log_probs(policy, f, mask, codes) for f in (features, rubbish))
     torch.testing.assert_close(clean, dirty, atol=1e-6, rtol=0)
 
@@ -866,7 +921,8 @@ def test_public_files_are_post_trained_and_come_back(public_files, tmp_path, rew
 
     # The last column of the run's picture, from the saved files alone.
     s = train.parse_settings([str(x) for x in public_run(public_files)])
-    stream = train.Pairs(train.list_pairs(s.data)[0], public_files / "t5", 32, 12, 0)
+    features_of = functools.partial(train.saved_features, public_files / "t5", 12)
+    stream = train.Pairs(train.list_pairs(s.data)[0], features_of, 32, 0)
     captions, features, _ = zip(*(stream[i][0] for i in range(8)))
     noise = torch.rand(8, 1, 4, generator=torch.Generator().manual_seed(10**6))
     codes, _ = policies.sample(after, *policies.left_pad(features, 12), noise, s.guidance, 1.0, s.top_k)
@@ -882,6 +938,119 @@ def test_public_files_are_post_trained_and_come_back(public_files, tmp_path, rew
         finished(
             "--ckpt", out / "policy.pt", "--data", "scenes", "--image-size", 32, *SMALL, "--out", tmp_path / "on"
         )  # a run's files are a base
+
+
+def write_janus(folder, weights="pytorch_model.bin"):
+    """Janus-Pro's folder with every kind of entry, in bfloat16 as the public one; widths cut. A tokenizer trained on a few words."""
+    tokenizers_package = pytest.importorskip("tokenizers")
+    meta = META["janus"]
+    folder.mkdir()
+    torch.manual_seed(0)
+    vq = tokenizers.VQModel(tokenizers.VQConfig(multipliers=(1, 1, 1, 1, 1), blocks=2, latent=32, codes=128))
+    shapes = {name: shape for name, shape in meta["shapes"].items() if not name.startswith("gen_vision_model.")}
+    shapes = {n: [400 if size == 100 else size for size in shape] for n, shape in shapes.items()}  # a vocabulary of bytes
+    entries = fill(shapes, meta["scale"]) | {f"gen_vision_model.{name}": value for name, value in vq.state_dict().items()}
+    entries |= {"vision_model.vision_tower.pos_embed": torch.randn(1, 4, 8), "aligner.layers.0.weight": torch.randn(8, 8)}
+    entries = {name: value.bfloat16().contiguous() for name, value in entries.items()}
+    if weights == "pytorch_model.bin":
+        torch.save(entries, folder / weights)
+    else:  # shards with an index
+        places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(entries)}
+        for file in set(places.values()):
+            metrics.safetensors.torch.save_file({name: entries[name] for name in places if places[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(
+        json.dumps({"language_config": {"num_attention_heads": 4}, "model_type": "multi_modality"})
+    )
+    special = ["<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>", "<|User|>", "<|Assistant|>"]
+    tokenizer = tokenizers_package.Tokenizer(tokenizers_package.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers_package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers_package.decoders.ByteLevel()
+    alphabet = tokenizers_package.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers_package.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return entries
+
+
+def test_janus_is_post_trained_and_comes_back(public_files, tmp_path, capsys, monkeypatch):
+    """Else the paper's second backbone is a code path and not a run: a miniature of its folder goes through the command, and what is
+    saved is a folder in the same layout, every entry that was not trained as it was, from which --sample paints."""
+    pytest.importorskip("transformers")
+    was, out = write_janus(public_files / "Janus-Pro-1B"), tmp_path / "run"
+    data = ["--data", public_files / "pairs", "--image-size", 32, *SMALL[:-4], "--gan-start", 0, "--device", "cpu"]
+    finished("--ckpt", public_files / "Janus-Pro-1B", *data, "--out", out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(math.isfinite(value) for line in log for value in line.values()) and log[0]["reward_spread"] > 0
+    settings = json.loads((out / "settings.json").read_text())
+    assert [settings[name] for name in ("guidance", "top_k", "lr_policy", "lambda_d", "lambda_c")] == [5.0, 0, 1e-4, 0.05, 5.0]
+
+    now = train.read_entries(out / "policy")
+    assert set(now) == set(was) and (out / "policy_ema" / "tokenizer.json").exists()
+    moved = {name for name in now if not torch.equal(now[name], was[name])}
+    kept = ("vision_model.", "aligner.", "language_model.lm_head.", "language_model.model.embed_tokens.")
+    kept += ("gen_vision_model.encoder.", "gen_vision_model.quant")
+    assert moved and not any(name.startswith(kept) for name in moved)
+    assert all(now[name].dtype == torch.bfloat16 for name in set(now) - moved)
+    assert any("self_attn" in name for name in moved) and any("gen_vision_model.decoder" in name for name in moved)
+    state = train.read_checkpoint(out / "state-000002.pt")
+    s = train.parse_settings([str(x) for x in ("--ckpt", out, "--image-size", 32, "--device", "cpu")])
+    assert s.ckpt == str(out / "policy")
+    policy, vq, *_ = train.load_pair(s)
+    for module, saved in ((policy, state["policy"]), (vq, state["vq_ema"])):
+        assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+
+    arguments = ["--ckpt", out, "--image-size", 32, "--device", "cpu", "--sample", "a red bus", "--out", tmp_path / "seen"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+    capsys.readouterr()
+    assert (tmp_path / "seen" / "00000 a red bus.png").exists()
+    assert "t5: is LlamaGen's" in refused(capsys, monkeypatch, *arguments, "--t5", tmp_path)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert "pip install transformers, which reads Janus-Pro's tokenizer" in refused(capsys, monkeypatch, *arguments)
+
+
+def test_janus_folders_that_cannot_be_used(tmp_path, capsys, monkeypatch):
+    """Else a half-downloaded or foreign folder is post-trained, or fails with a page of PyTorch's own words. Shards are one whole."""
+    pytest.importorskip("transformers")
+    entries, shards = write_janus(tmp_path / "one"), tmp_path / "shards"
+    write_janus(shards, "shards")
+    a, b = (metrics.read_entries(folder) for folder in (tmp_path / "one", shards))
+    assert set(a) == set(b) == set(entries) and all(torch.equal(a[name], b[name]) for name in a)
+    says = lambda: refused(
+        capsys, monkeypatch, "--ckpt", tmp_path / "one", "--sample", "a", "--out", tmp_path / "x", "--device", "cpu"
+    )
+    save = lambda content: torch.save(content, tmp_path / "one" / "pytorch_model.bin")
+    save(entries | {"language_model.model.layers.0.self_attn.q_norm.weight": torch.zeros(16)})
+    assert "language_model.model.layers.0.self_attn.q_norm.weight" in says()
+    save({name: value for name, value in entries.items() if "layers.1.self_attn.k_proj" not in name})
+    assert "has no entry 'language_model.model.layers.1.self_attn.k_proj.weight'" in says()
+    save(entries)
+    tokenizer = (tmp_path / "one" / "tokenizer.json").read_text()
+    (tmp_path / "one" / "tokenizer.json").write_text(tokenizer.replace("<｜▁pad▁｜>", "<pad>"))
+    assert "has no entry '<｜▁pad▁｜>'" in says()
+    (tmp_path / "one" / "tokenizer.json").unlink()
+    assert "tokenizer.json" in says()
+    (tmp_path / "one" / "pytorch_model.bin").unlink()
+    assert "without model.safetensors or pytorch_model.bin" in says()
+    next(shards.glob("model-00002*")).unlink()
+    assert "model-00002-of-00002.safetensors: no such file" in refused(
+        capsys, monkeypatch, "--ckpt", shards, "--sample", "a", "--device", "cpu"
+    )
+
+
+def test_janus_prompts(tmp_path):
+    """Else Janus reads another prompt than it was trained on, and a caption as long as a page ends a run for want of memory."""
+    transformers = pytest.importorskip("transformers")
+    write_janus(tmp_path / "janus")
+    prompts = policies.JanusPrompts(tmp_path / "janus")
+    words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "janus" / "tokenizer.json"))
+    assert words.decode(prompts("a red bus")) == "<｜begin▁of▁sentence｜><|User|>: a red bus\n\n<|Assistant|>:<begin_of_image>"
+    long = prompts("bus " * 1000)
+    assert len(long) == 512 and words.decode(long).endswith("bus\n\n<|Assistant|>:<begin_of_image>")
+    assert pickle.loads(pickle.dumps(prompts))("a")[0] == prompts.begin  # loader workers get a copy
 
 
 def test_what_is_missing_is_said_at_once(tmp_path, capsys, monkeypatch):
@@ -997,7 +1166,7 @@ def test_every_data_layout_gives_the_same_pairs(tmp_path):
         pairs = [pair for pair in pairs if pair[0] != "broken"]
         assert [(name, caption) for name, _, caption in pairs] == list(zip(names, CAPTIONS)), source
         write_features(tmp_path / "t5", names)
-        stream = train.Pairs(pairs, tmp_path / "t5", 32, 12, 0)
+        stream = train.Pairs(pairs, functools.partial(train.saved_features, tmp_path / "t5", 12), 32, 0)
         for i, pair in enumerate(pairs):
             caption, features, image = stream.read(*pair)
             pixels = train.Image.open(tmp_path / "pairs" / f"{i}.png")
@@ -1015,8 +1184,9 @@ def test_data_order_is_a_function_of_seed_and_position(tmp_path):
     write_features(tmp_path / "t5", ["0", "1", "2", "3", "broken"])
     pairs, skipped = train.list_pairs(tmp_path / "pairs")
     assert skipped == ["mute: no caption, or not in UTF-8"]
-    stream = lambda seed: train.Pairs(pairs, tmp_path / "t5", 32, 12, seed)
-    readable = train.Pairs([pair for pair in pairs if pair[0] != "broken"], tmp_path / "t5", 32, 12, 0)
+    features_of = functools.partial(train.saved_features, tmp_path / "t5", 12)
+    stream = lambda seed: train.Pairs(pairs, features_of, 32, seed)
+    readable = train.Pairs([pair for pair in pairs if pair[0] != "broken"], features_of, 32, 0)
     names = [readable[i][0][0] for i in range(12)]
     assert all(sorted(names[i : i + 4]) == sorted(CAPTIONS) for i in (0, 4, 8)) and names[:4] != names[4:8]
     assert [stream(0)[i][0][0] for i in (7, 3, 11)] == [[stream(0)[i][0][0] for i in range(12)][i] for i in (7, 3, 11)]
@@ -1319,7 +1489,9 @@ def test_files_that_cannot_be_used(capsys, monkeypatch, tmp_path):
         assert says in line and str(tmp_path / name) in line, line
         assert not (tmp_path / "run").exists()
     assert "has no entry" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", good_policy, *run)
-    assert "a folder, not a file" in refused(capsys, monkeypatch, "--ckpt", good_policy, "--vq", tmp_path / "folder", *run)
+    assert "a folder without model.safetensors" in refused(
+        capsys, monkeypatch, "--ckpt", good_policy, "--vq", tmp_path / "folder", *run
+    )
 
 
 def test_a_run_is_not_overwritten(small_run, capsys, monkeypatch):

@@ -3,23 +3,26 @@
     python train.py                                         the whole job on the embedded world, minutes on a laptop
     python train.py --arm policy --out runs/policy          standard RL: the decoder stays frozen
     python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  a public checkpoint; lists what it lacks, and where to get it
-    python train.py --ckpt FILE --sample "a red bus"        pictures from any checkpoint in LlamaGen's layout
+    python train.py --ckpt Janus-Pro-1B/ --data DIR         the other public policy; its tokenizer is in the folder
+    python train.py --ckpt CKPT --sample "a red bus"        pictures from any checkpoint in one of these layouts
     python train.py --evaluate FILE_OR_RUN --data DATA      what the paper reports of a checkpoint: CLIP, FID, token KL
     python train.py … --resume                              go on where the same command was interrupted
     torchrun --nproc_per_node=8 train.py …                  on several GPUs
     python train.py --pretrain --base DIR                   make the embedded world's base again, with --seed
     python train.py --compare --seed 1 --seeds 5            the embedded world: all arms beside each other, a table, two figures
 
-Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` below holds the
-embedded world's. A run writes to --out: settings.json, log.jsonl (a line a round), pictures, and policy.pt, vq.pt and their EMAs
-in LlamaGen's layout; on the embedded world results.json too; and the last two checkpoints, state-….pt, each one dict: settings,
-rounds done, weights, optimizers. No random state: what round n draws is a function of the seed, n and the process.
+Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` and `JANUS` below
+hold what differs on the embedded world and for Janus-Pro. A run writes to --out: settings.json, log.jsonl (a line a round),
+pictures, and policy.pt, vq.pt and their EMAs in LlamaGen's layout, or folders in Janus-Pro's; on the embedded world results.json
+too; and the last two checkpoints, state-….pt, each one dict: settings, rounds done, weights, optimizers. No random state: what
+round n draws is a function of the seed, n and the process.
 """
 
 import argparse
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import io
 import json
@@ -45,7 +48,7 @@ from tqdm import tqdm
 
 import metrics
 from metrics import BadInput, build, first_line, read_checkpoint, read_entries, reading, square
-from policy import left_pad, policy_from_entries, t5_features
+from policy import JanusPrompts, janus_entries, janus_from_entries, left_pad, policy_from_entries, t5_features
 from rankee import Method, Players, draw, in_rows, one_round
 from scenes import world
 from vq import lpips_from_entries, patch_discriminator, vq_from_entries
@@ -59,8 +62,8 @@ class Settings(Method):
 
     out: Annotated[str, "folder of the run; must not hold another run"] = "runs/llamagen"
     seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**9] = 0
-    ckpt: Annotated[str, "policy in LlamaGen's layout; default: the embedded world's"] = ""
-    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: beside the policy, as are the next files"] = ""
+    ckpt: Annotated[str, "policy in LlamaGen's layout, or Janus-Pro's folder; default: the embedded world's"] = ""
+    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: Janus-Pro's own, or beside the policy, as other files"] = ""
     image_size: Annotated[int, "pixels a side (PatchGAN needs 24); over the tokenizer's factor: the token grid", 24] = 256
     head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
     data: Annotated[str, "images and captions: a folder, COCO json, LlamaGen jsonl or webdataset tars; or the word scenes"] = ""
@@ -97,6 +100,15 @@ class Settings(Method):
     def base_folder(self):
         return Path(self.base or world.FOLDER)
 
+    @property
+    def janus(self):
+        return is_janus(self.ckpt)
+
+
+def is_janus(ckpt):
+    """Whether a checkpoint is a folder in Janus-Pro's layout."""
+    return bool(ckpt) and (Path(ckpt) / "config.json").is_file()
+
 
 # The embedded world, found by measurement (scenes/ says what it is). Everything else is `Method`'s default.
 SCENES = dict(
@@ -107,6 +119,9 @@ SCENES = dict(
     weight_by="zscore", gan_start=0, lambda_d=0.6, lambda_g=0.5, lambda_c=2.0, real_images=32,
 )  # fmt: skip
 
+# The authors' for Janus-Pro-1B, where they differ from those for LlamaGen-XL. Two accumulated batches of 2 captions are our 4.
+JANUS = dict(out="runs/janus", image_size=384, guidance=5.0, top_k=0, lr_policy=1e-4, lambda_d=0.05, lambda_c=5.0)
+
 
 def parse_settings(arguments):
     """The command line to `Settings`. Options left out take the paper's values with --ckpt, the embedded world's without."""
@@ -115,7 +130,8 @@ def parse_settings(arguments):
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, text = hint.__origin__, hint.__metadata__[0]
-        shown = f"{text} [{defaults[name]}" + (f"; scenes {SCENES[name]}]" if name in SCENES else "]")
+        others = [f"; {of} {preset[name]}" for of, preset in (("scenes", SCENES), ("Janus-Pro", JANUS)) if name in preset]
+        shown = f"{text} [{defaults[name]}{''.join(others)}]"
         option = {"dest": name, "default": argparse.SUPPRESS, "help": shown.replace("%", "%%")}
         if kind is bool:
             option["action"] = argparse.BooleanOptionalAction
@@ -134,18 +150,20 @@ def parse_settings(arguments):
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
     given = vars(given)
     public = given["data"] != "scenes" if "data" in given else "ckpt" in given
-    preset = {} if public else SCENES
+    ckpt = given.get("evaluate", given.get("ckpt", ""))
+    if Path(ckpt).is_dir() and ckpt and not is_janus(ckpt):  # what a run leaves
+        ckpt = str(Path(ckpt) / ("policy" if is_janus(Path(ckpt) / "policy") else "policy.pt"))
+    preset = (JANUS if is_janus(ckpt) else {}) if public else SCENES
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
     if "evaluate" in given and "ckpt" in given:
         raise BadInput("--evaluate and --ckpt both name a checkpoint; leave --ckpt out")
     if "evaluate" in given:
-        preset = preset | {"out": "runs/evaluation", "ckpt": given["evaluate"]}
-    s = Settings(**(defaults | preset | given))
+        preset = preset | {"out": "runs/evaluation"}
+    s = Settings(**(defaults | preset | given | {"ckpt": ckpt}))
     check_settings(s)
-    ckpt = str(Path(s.ckpt) / "policy.pt") if s.ckpt and Path(s.ckpt).is_dir() else s.ckpt  # what a run leaves
     beside = str(Path(s.data)) + ".t5" if s.data not in ("", "scenes") else ""
-    return dataclasses.replace(s, ckpt=ckpt, t5_features=s.t5_features or beside)
+    return s if s.janus else dataclasses.replace(s, t5_features=s.t5_features or beside)
 
 
 def check_settings(s):
@@ -166,6 +184,11 @@ def check_settings(s):
         raise BadInput(
             f"--image-size {s.image_size}: the embedded world's pictures have {world.RESOLUTION} pixels a side; leave it out"
         )
+    if s.data == "scenes" and s.janus:
+        raise BadInput(f"--ckpt {s.ckpt}: the embedded world's captions are no prompts of Janus-Pro; name --data")
+    for name in ("t5", "t5_features", "head_size") if s.janus else ():
+        if getattr(s, name):
+            raise BadInput(f"--{name.replace('_', '-')}: is LlamaGen's; Janus-Pro's folder has its own; leave it out")
     for name in ("t5", "t5_features", "reward", "reward_weights", "vgg", "lpips"):
         if s.data == "scenes" and getattr(s, name) != getattr(Settings, name):
             raise BadInput(f"--{name.replace('_', '-')}: the embedded world has its own; leave it out, or name --ckpt and --data")
@@ -198,13 +221,30 @@ STATE = [*NETWORKS, "discriminator", "policy_optimizer", "decoder_optimizer", "d
 
 
 def save(out, p, s, done):
-    """A checkpoint after `done` rounds, of which the last two are kept, and the networks for other programs, in LlamaGen's layout."""
+    """A checkpoint after `done` rounds, of which the last two are kept, and the networks for other programs, in their own layout."""
     state = {"round": done, "settings": dataclasses.asdict(s)} | {name: getattr(p, name).state_dict() for name in STATE}
     write_whole(out / f"state-{done:06d}.pt", lambda path: torch.save(state, path))
-    for name in NETWORKS:
+    if s.janus:
+        tokenizer = {f"gen_vision_model.{name}": value for name, value in state["vq_ema"].items()}
+        for name in ("policy", "policy_ema"):
+            save_janus(out / name, Path(s.ckpt), janus_entries(state[name], p.policy.config.head_size) | tokenizer)
+    for name in [] if s.janus else NETWORKS:
         write_whole(out / f"{name}.pt", lambda path: torch.save({"model": state[name]}, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
+
+
+def save_janus(folder, source, ours):
+    """A folder like `source` with the entries `ours`, of which those that did not change, and all others, stay as they are there."""
+    entries = read_entries(source)
+    for name, value in ours.items():
+        value = value.cpu()
+        entries[name] = entries[name] if torch.equal(entries[name].to(value.dtype), value) else value
+    make_folder(folder)
+    write_whole(folder / "pytorch_model.bin", lambda path: torch.save(entries, path))
+    for file in source.glob("*.json"):  # config.json, the tokenizer's, the processor's
+        if not file.name.endswith(".index.json"):
+            write_whole(folder / file.name, lambda path: path.write_bytes(file.read_bytes()))
 
 
 def differences(was, now):
@@ -255,7 +295,7 @@ def save_grid(path, columns, captions):
 HUB = "https://huggingface.co"
 # What a run on a public policy needs: option → names it goes by, and where it is published.
 PUBLIC = {
-    "ckpt": (("t2i_XL_stage1_256.pt",), f"{HUB}/peizesun/llamagen_t2i"),
+    "ckpt": (("t2i_XL_stage1_256.pt",), f"{HUB}/peizesun/llamagen_t2i, or the folder Janus-Pro-1B of {HUB}/deepseek-ai"),
     "vq": (("vq_ds16_t2i.pt", "vq_ema.pt", "vq.pt"), f"{HUB}/peizesun/llamagen_t2i"),  # the other two: what a run leaves
     "t5": (("flan-t5-xl",), f"{HUB}/google/flan-t5-xl"),
     "clip": (("open_clip_model.safetensors",), f"{HUB}/timm/vit_large_patch14_clip_224.openai"),
@@ -269,11 +309,15 @@ PUBLIC = {
 REWARDS = {"clip": (True, 64), "hpsv2": (False, 80)}  # what the shapes do not say: QuickGELU, width of a vision head
 
 
-def find_files(s, needed):
-    """`s` with the path of every file `needed`: as named, beside the policy, or where torchvision keeps its downloads.
+def find_files(s, *needed, captions=True):
+    """`s` with the path of the policy's files and every file `needed`: as named, beside the policy, or where torchvision keeps
+    its downloads. Without `captions` no text is to be read.
 
     Raises BadInput that lists all that is missing at once.
     """
+    needed = ["ckpt", *([] if s.janus else ["vq"]), *needed]
+    if captions and not s.janus and not Path(s.t5_features or "?").exists():
+        needed.insert(2, "t5")
     folders, found, missing = [Path(s.ckpt).parent, Path(torch.hub.get_dir()) / "checkpoints"], {}, []
     for option in needed:
         names, source = PUBLIC[s.reward if option == "reward_weights" else option]
@@ -283,8 +327,9 @@ def find_files(s, needed):
         if not found[option]:
             wrong = named and f"{named}: no such file; "
             missing.append(f"--{option.replace('_', '-'):16} {wrong}{names[0]} from {source}")
-    if "t5" in needed and not importlib.util.find_spec("transformers"):
-        missing.append("pip install transformers, which runs T5; or --t5-features, made elsewhere")
+    if ("t5" in needed or s.janus) and not importlib.util.find_spec("transformers"):
+        instead = "reads Janus-Pro's tokenizer" if s.janus else "runs T5; or --t5-features, made elsewhere"
+        missing.append(f"pip install transformers, which {instead}")
     if missing:
         raise BadInput(("\n  " if missing[1:] else " ").join(["this run still needs", *missing]))
     return dataclasses.replace(s, **found)
@@ -361,15 +406,12 @@ def list_pairs(source):
 class Pairs(Dataset):
     """An endless stream of pairs, epoch after epoch, each in an order of its own; item `position` depends on nothing before it."""
 
-    def __init__(self, pairs, features, image_size, prefix, seed):
-        self.pairs, self.features, self.image_size, self.prefix, self.seed = pairs, features, image_size, prefix, seed
-
-    def read_features(self, name):
-        return torch.from_numpy(np.load(self.features / f"{name}.npy"))[0, : self.prefix]
+    def __init__(self, pairs, features_of, image_size, seed):
+        self.pairs, self.features_of, self.image_size, self.seed = pairs, features_of, image_size, seed
 
     def read(self, name, image, caption):
-        """Caption, text features (n, C) and image (3, H, W) in [-1, 1], its middle square."""
-        features = self.read_features(name)
+        """Caption, its `features_of(caption, name)` (n, …) and image (3, H, W) in [-1, 1], its middle square."""
+        features = self.features_of(caption, name)
         with Image.open(io.BytesIO(read_place(image))) as picture:
             return caption, features, square(self.image_size, picture.convert("RGB"))
 
@@ -386,6 +428,18 @@ class Pairs(Dataset):
         return None, skipped
 
 
+def saved_features(folder, prefix, caption, name):
+    """Text features (n, C) of a pair from LlamaGen's .npy."""
+    return torch.from_numpy(np.load(folder / f"{name}.npy"))[0, :prefix]
+
+
+def pairs_features(s, pairs, config, device, autocast):
+    """What gives the text features of a pair, by caption and name, as `Pairs` asks: Janus' words, or the files made of T5's features."""
+    if s.janus:
+        return JanusPrompts(s.ckpt)
+    return functools.partial(saved_features, complete_features(s, pairs, config, device, autocast), config.prefix)
+
+
 def complete_features(s, pairs, config, device, autocast):
     """Computes the text features that the folder --t5-features lacks, in LlamaGen's layout: NAME.npy, (1, n, C) float32.
 
@@ -400,7 +454,7 @@ def complete_features(s, pairs, config, device, autocast):
             raise BadInput(f"{folder}: the features of {name} are of another caption; name another folder with --t5-features")
     lacking = {name: caption for name, _, caption in pairs if not (folder / f"{name}.npy").exists()}
     if lacking:
-        t5 = find_files(s, ["t5"]).t5
+        t5 = find_files(dataclasses.replace(s, t5_features="")).t5
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(notes, lambda path: path.write_text(json.dumps(known | lacking), "utf-8"))
         computed = t5_features(t5, list(lacking.values()), config.prefix, device, autocast)
@@ -422,7 +476,7 @@ class PublicWorld:
         pairs, skipped = list_pairs(s.data)
         if rank > 0:  # the first process computes what lacks, the others find it
             dist.barrier()
-        features = complete_features(s, pairs, config, device, autocast)
+        features_of = pairs_features(s, pairs, config, device, autocast)
         if rank == 0 and processes > 1:
             dist.barrier()
         scorer = build(s.reward_weights, f"the scorer {s.reward}", metrics.clip_from_entries, *REWARDS[s.reward])
@@ -432,7 +486,7 @@ class PublicWorld:
             self.perceptual = build(s.vgg, f"VGG16 with {s.lpips}", lpips_from_entries, linear).to(device)
         torch.manual_seed(s.seed)  # the discriminator starts from nothing
         self.discriminator = patch_discriminator().to(device)
-        stream, size = Pairs(pairs, features, s.image_size, config.prefix, s.seed), max(s.captions, s.real_images)
+        stream, size = Pairs(pairs, features_of, s.image_size, s.seed), max(s.captions, s.real_images)
         self.skipped = set()
         self.report(skipped)
         self.captions, self.features, self.text_mask, self.real = self.stack([stream[i] for i in range(8)])
@@ -481,15 +535,27 @@ def load_pair(s):
     """Policy and tokenizer, on the CPU, with the device and the autocast of their passes. Raises BadInput where they do not fit."""
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
-    vq = build(s.vq or s.base_folder / "vq.pt", "LlamaGen's VQ tokenizer", vq_from_entries)
+    vq_file, part = (s.ckpt, "gen_vision_model.") if s.janus and not s.vq else (s.vq or s.base_folder / "vq.pt", "")
+    vq = build(vq_file, "a VQ tokenizer as LlamaGen's", lambda entries: vq_from_entries(under(part, entries)))
     grid, rest = divmod(s.image_size, factor := 2 ** (len(vq.config.multipliers) - 1))
     if rest:
         raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {factor}")
-    policy_file, sizes = s.ckpt or s.base_folder / "policy.pt", (grid, s.head_size or None)
-    policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, *sizes)
+    policy_file = s.ckpt or s.base_folder / "policy.pt"
+    if s.janus:
+        with reading(policy_file, "Janus-Pro's folder, with its config.json and tokenizer.json"):
+            sizes = json.loads((Path(s.ckpt) / "config.json").read_text("utf-8"))
+            pad = JanusPrompts(s.ckpt).pad
+        policy = build(policy_file, "Janus-Pro", janus_from_entries, sizes, pad, grid)
+    else:
+        policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, grid, s.head_size or None)
     if policy.config.codes != vq.config.codes:
         raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
     return policy, vq, device, torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+
+def under(prefix, entries):
+    """The entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
 def listen():
@@ -555,9 +621,8 @@ def run(s):
 
     # Load
     if s.ckpt:
-        text = [] if Path(s.t5_features or "?").exists() else ["t5"]
         judges = ["reward_weights"] if s.arm == "policy" else ["reward_weights", "vgg", "lpips"]
-        s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", *text, *judges, "data"])
+        s = find_files(s, captions=False) if s.data == "scenes" else find_files(s, *judges, "data")
     resume, changed, s = s.resume, s.changed, dataclasses.replace(s, resume=False, changed=False)  # a checkpoint's settings
     state = newest_checkpoint(out, s, changed) if resume else {"round": 0}
     results = out / "results.json"
@@ -660,7 +725,11 @@ def claim_pictures(s):
     """Notes in --out what its pictures are drawn with, files by their contents. Raises BadInput where they are another command's."""
     note = Path(s.out) / "pictures.json"
     now = {name: getattr(s, name) for name in DRAWN_WITH} | {"sample": list(s.sample)}  # JSON has no tuples
-    now |= {name: metrics.file_hash(now[name]) for name in ("ckpt", "vq", "prompts", "data") if Path(now[name]).is_file()}
+    now |= {
+        name: metrics.file_hash(now[name])
+        for name in ("ckpt", "vq", "prompts", "data")
+        if Path(now[name]).is_file() or is_janus(now[name])
+    }
     was = json.loads(note.read_text()) if note.exists() else now
     if was["count"] < s.count:  # more are drawn beside those
         was["count"] = s.count
@@ -705,7 +774,7 @@ def read_prompts(s):
 
 def write_samples(s):
     """Pictures of each caption in --sample and --prompts, in --out: one, or four in GenEval's layout."""
-    s = find_files(s, ["ckpt", "vq"] if s.data == "scenes" else ["ckpt", "vq", "t5"]) if s.ckpt else s
+    s = find_files(dataclasses.replace(s, t5_features=""), captions=s.data != "scenes") if s.ckpt else s
     captions, lines = read_prompts(s)
     pair = load_pair(s)
     policy, _, device, autocast = pair
@@ -717,7 +786,8 @@ def write_samples(s):
                 raise BadInput(f"--sample {text!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
         features = world.word_features(captions, c.caption_dim)
     else:
-        features = list(t5_features(s.t5, captions, c.prefix, device, autocast))
+        some = map(JanusPrompts(s.ckpt), captions) if s.janus else t5_features(s.t5, captions, c.prefix, device, autocast)
+        features = list(some)
     if s.layout == "geneval":
         claim_pictures(s)
         for i, line in enumerate(lines):
@@ -737,24 +807,26 @@ def drawing_protocol(s):
     """Lines that say how pictures were drawn, and from which files."""
     yield f"seed {s.seed}, guidance {s.guidance}, top-k {s.top_k}, temperature {s.temperature}"
     yield f"{s.image_size} px; real pictures: middle squares, resized with Lanczos"
-    yield from (metrics.file_hash(file) for file in (s.ckpt, s.vq))
+    yield from (metrics.file_hash(file) for file in (s.ckpt, s.vq) if file)
 
 
 # The paper's row of a public file: MS-COCO, 30,000 pictures.
-PAPER = {"t2i_XL_stage1_256.pt": {"CLIP": 31.54, "FID": 15.24, "token KL": 0.091}}
+PAPER = {
+    "t2i_XL_stage1_256.pt": {"CLIP": 31.54, "FID": 15.24, "token KL": 0.091},
+    "Janus-Pro-1B": {"CLIP": 33.20, "FID": 18.95},
+}
 
 
 def evaluate(s):
     """What the paper reports of a checkpoint: draws a picture for --count captions, each of another image, and measures them."""
     if s.data == "scenes":
-        policy, vq, device, autocast = load_pair(s := find_files(s, ["ckpt", "vq"]))
+        policy, vq, device, autocast = load_pair(s := find_files(s, captions=False))
         w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
         codes, images = paint(policy.to(device), [vq], s, autocast, (w.features, w.text_mask, w.noise))
         print_table([{"checkpoint": Path(s.ckpt).parent.name[:14], **w.measure(codes, images)}])
         print(f"\n{s.samples} scenes; Fréchet distances by the embedded world's own feature net, not Inception")
         return print(*drawing_protocol(s), sep="\n")
-    text = [] if Path(s.t5_features or "?").exists() else ["t5"]
-    s, out = find_files(s, ["ckpt", "vq", *text, "clip_b32", "inception", "data"]), Path(s.out)
+    s, out = find_files(s, "clip_b32", "inception", "data"), Path(s.out)
     pair = load_pair(s)
     build(s.clip_b32, "the scorer CLIP", metrics.clip_from_entries, *REWARDS["clip"])  # refused now, not after a day
     metrics.inception(s.inception)
@@ -763,8 +835,7 @@ def evaluate(s):
     chosen = list({pairs[i][1]: pairs[i] for i in order}.values())[: s.count]  # one caption an image
     policy, vq, device, autocast = pair
     claim_pictures(s)
-    folder = complete_features(s, chosen, policy.config, device, autocast)
-    stream, names = Pairs(chosen, folder, s.image_size, policy.config.prefix, s.seed), {}
+    stream, names = Pairs(chosen, pairs_features(s, chosen, policy.config, device, autocast), s.image_size, s.seed), {}
     for name, image, caption in tqdm(chosen, "real pictures"):
         path = out / "real" / f"{name}.png"
         try:
@@ -778,8 +849,8 @@ def evaluate(s):
         print(f"skipped {line} ({i} so far)", file=sys.stderr)
     write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
     paths = [out / "samples" / f"{name}.png" for name in names]
-    order = list(names)
-    write_pictures(s, pair, paths, lambda i: stream.read_features(order[i]))
+    order = list(names.items())
+    write_pictures(s, pair, paths, lambda i: stream.features_of(*reversed(order[i])))
 
     drawn, real, common = out / "samples", out / "real", {"workers": s.workers, "device": device}
     results = [
