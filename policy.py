@@ -20,8 +20,13 @@ Easy to get wrong:
 Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N image tokens, V codes, C features of the text encoder.
 """
 
+import argparse
+import copy
 import html
+import platform
 import re
+import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +218,7 @@ class Policy(nn.Module):
         `cache`, from `new_cache`, is written at positions `at` (L,) and read up to the mask's keys. With `recompute` only the
         layers' inputs are kept for the backward pass (gradient checkpointing).
         """
+        x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add up in the same precision
         for i, layer in enumerate(self.layers):
             x = run(layer, x, table, mask, None if cache is None else cache[i], at, recompute=recompute)
         return self.norm(x)
@@ -222,7 +228,8 @@ class Policy(nn.Module):
         c, weight = self.config, self.norm.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return torch.empty((c.layers, 2, rows, c.dim // c.head_size, positions, c.head_size), device=weight.device, dtype=dtype)
+        # Zeros: a recorded step looks past what is filled, and a masked key of leftover NaN would still be NaN.
+        return torch.zeros((c.layers, 2, rows, c.dim // c.head_size, positions, c.head_size), device=weight.device, dtype=dtype)
 
 
 # ---- text and masks ----------------------------------------------------------------------------------------------------
@@ -374,32 +381,78 @@ def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, to
     Returns codes (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
     """
     B, G, N = noise.shape
+    policy = in_autocasts_precision(policy)
     features, text_mask = without_padding(features, text_mask)
     T, guided = features.shape[1], guidance != 1
     noise = noise.flatten(0, 1)
     x = policy.cls_embedding(features, text_mask, guided)
     text_mask = text_mask.repeat(2, 1) if guided else text_mask
     table, mask = policy.rotary(text_mask, N - 1), attention_mask(text_mask, N - 1)
-    at = torch.arange(T + N - 1, device=noise.device)
 
     # The caption is read once and its keys and values are shared by its G rollouts.
     prefix = policy.new_cache(len(text_mask), T)
-    hidden = policy(x, table[:, :T], mask[:, :, :T, :T], prefix, at[:T])
+    hidden = policy(x, table[:, :T], mask[:, :, :T, :T], prefix, torch.arange(T, device=noise.device))
     cache = policy.new_cache(len(text_mask) * G, T + N - 1)
     cache[:, :, :, :, :T].unflatten(2, (-1, G)).copy_(prefix.unsqueeze(3))
     hidden, table, mask = (tensor.repeat_interleave(G, 0) for tensor in (hidden[:, -1:], table, mask))  # R or 2R rows
 
     codes = torch.empty(B * G, N, dtype=torch.long, device=noise.device)
     chosen = torch.empty(B * G, N, device=noise.device)
-    for n in range(N):
+    n = torch.zeros(1, dtype=torch.long, device=noise.device)  # the token's place; a recorded step must read it where it lies
+
+    def draw():
         log_probs = log_distribution(policy.output(hidden[:, 0]), guidance, temperature, top_k)  # (R, V)
-        codes[:, n] = draw_code(log_probs, noise[:, n])
-        chosen[:, n] = log_probs.gather(1, codes[:, n : n + 1])[:, 0]
-        if n + 1 < N:
-            x = policy.tok_embeddings(codes[:, n : n + 1])
-            now = slice(T + n, T + n + 1)
-            hidden = policy(torch.cat([x, x]) if guided else x, table[:, now], mask[:, :, now, : T + n + 1], cache, at[now])
+        code = draw_code(log_probs, noise.index_select(1, n)[:, 0])[:, None]  # (R, 1)
+        codes.index_copy_(1, n, code)
+        chosen.index_copy_(1, n, log_probs.gather(1, code))
+        return code
+
+    def step(seen):
+        """Draws a token from `hidden` and reads it, looking at the first `seen` positions; nothing here waits for the device."""
+        x, at = policy.tok_embeddings(draw()), T + n
+        x = torch.cat([x, x]) if guided else x  # (R or 2R, 1, dim)
+        hidden.copy_(policy(x, table.index_select(1, at), mask.index_select(2, at)[..., :seen], cache, at))
+        n.add_(1)
+
+    repeat(step, T, N - 1, noise.is_cuda)
+    draw()
     return codes.view(B, G, N), chosen.view(B, G, N)
+
+
+def repeat(step, prefix, tokens, record, stretch=128):
+    """Calls step(seen) for each of `tokens` tokens. With `record`, on a GPU, where a step is a thousand small kernels and starting
+    them takes longer than they do, the step is recorded as a CUDA graph and replayed.
+
+    A graph's shapes are fixed, so it looks at all positions of its `stretch` of tokens; each stretch has a graph of its own.
+    """
+    for first in range(0, tokens, stretch):
+        last = min(first + stretch, tokens)
+        if not record:
+            for n in range(first, last):
+                step(prefix + n + 1)
+            continue
+        step(prefix + last)  # loads kernels and makes workspaces, which a recording cannot
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads, a loader's say, may go on
+            step(prefix + last)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(first + 1, last):
+            graph.replay()
+
+
+def in_autocasts_precision(policy):
+    """`policy` with its matrices in the precision that autocast would cast them to at every token; as it is, where autocast is off."""
+    kind = policy.norm.weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return policy
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [weight for module in policy.modules() if isinstance(module, nn.Linear) for weight in module.parameters()]
+    known = {id(weight): weight for weight in policy.parameters()}  # what deepcopy takes for copied: the rest is shared
+    known |= {id(weight): nn.Parameter(weight.to(dtype), requires_grad=False) for weight in cast}
+    return copy.deepcopy(policy, known)
 
 
 def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperature=1.0, recompute=False, chunk=64):
@@ -517,3 +570,129 @@ def janus_entries(state, head_size):
             parts[:2] = (swap_pairs(part, head_size, back=True) for part in parts[:2])
         entries |= zip(names, parts)
     return entries
+
+
+# ---- benchmark ---------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "XL": PolicyConfig(1280, 36, 64, 3584, 16384, 120, 2048, 16),
+    "L": PolicyConfig(1024, 24, 64, 2816, 16384, 120, 2048, 16),
+    "B": PolicyConfig(768, 12, 64, 2048, 16384, 120, 2048, 16),
+    "tiny": PolicyConfig(),
+}
+
+
+@torch.no_grad()
+def sample_naively(policy, features, text_mask, tokens, guidance):
+    """Greedy codes (B, tokens) without a cache: everything is computed again for every token. What `sample` is measured against."""
+    codes = torch.empty(len(features), 0, dtype=torch.long, device=features.device)
+    x, text_mask = policy.cls_embedding(features, text_mask, True), text_mask.repeat(2, 1)
+    for n in range(tokens):
+        inputs = torch.cat([x, policy.tok_embeddings(codes).repeat(2, 1, 1)], 1)
+        hidden = policy(inputs, policy.rotary(text_mask, n), attention_mask(text_mask, n))
+        best = log_distribution(policy.output(hidden[:, -1]), guidance).argmax(1, keepdim=True)
+        codes = torch.cat([codes, best], 1)
+    return codes
+
+
+def seconds(function, device, times=1):
+    """Time of a call, after one that warms up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    function()
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait()
+    return (time.perf_counter() - start) / times
+
+
+def machine(device, dtype, read, width):
+    """Prints what this machine is and returns what it reads (bytes/s) and multiplies (FLOP/s) in the same run: on a CPU by a plain
+    matrix-vector product over `read` bytes, on a GPU by a copy of 1 GB, read and written."""
+    side = 8192 if device == "cuda" else 2048
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    flops = 2 * side**3 / seconds(lambda: square @ square, device, 3)
+    if device == "cuda":
+        name, how = torch.cuda.get_device_name(), "copying 1 GB, read and written"
+        source, target = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
+        bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source), device, 10)
+    else:
+        name, how = f"{torch.get_num_threads()} threads of {cpu_name()}", "a matrix-vector product over as many bytes"
+        matrix = torch.ones(read // dtype.itemsize // width, width, dtype=dtype)
+        bandwidth = read / seconds(lambda: torch.mv(matrix, matrix[0]), device, 3)
+    print(
+        f"{name}, torch {torch.__version__}: multiplies {side}³ at {flops / 1e12:.2f} TFLOP/s, reads {bandwidth / 1e9:.1f} GB/s ({how})"
+    )
+    return bandwidth, flops
+
+
+def peak_memory(device):
+    """Bytes: of the GPU since the last reset, or of this process since it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bench(model, batches, dtype, device, tokens):
+    """Prints how fast random weights of a model's shape sample, captions of full length and their reading included."""
+    c, generator = MODELS[model], torch.Generator().manual_seed(0)
+    policy = Policy(c).initialize(generator).to(device)
+    weights = sum(weight.numel() for part in (policy.layers, policy.output) for weight in part.parameters())
+    print(f"{model}, {dtype}: {weights * dtype.itemsize / 1e9:.2f} GB of weights a token")
+    bandwidth, flops = machine(device, dtype, weights * dtype.itemsize, c.dim)
+
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    uniform = lambda *sizes: torch.rand(sizes, generator=generator).to(device)
+    prompts = lambda batch: (
+        uniform(batch, c.prefix, c.caption_dim),
+        torch.ones(batch, c.prefix, dtype=torch.bool, device=device),
+    )
+    print("\ncaptions  guided  tokens/s  ms a step   GB/s  of reading  of multiplying  images/s  peak GB")
+    for batch, guidance in [(1, 1.0), *((batch, 7.5) for batch in batches)]:
+        inputs = *prompts(batch), uniform(batch, 1, tokens), guidance, 1.0, 1000
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with autocast:
+            step = seconds(lambda: sample(policy, *inputs), device) / tokens
+        rows = batch if guidance == 1 else 2 * batch
+        cached = rows * (c.prefix + tokens / 2) * 2 * c.layers * c.dim  # keys and values, on average
+        read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * rows / step
+        images = f"{batch / step / tokens:8.3f}" if tokens == c.grid**2 else "       –"
+        print(
+            f"{batch:8d}  {'no' if guidance == 1 else 'yes':>6}  {batch / step:8.1f}  {1e3 * step:9.2f}  {read / 1e9:5.1f}  "
+            f"{read / bandwidth:10.0%}  {multiplied / flops:14.1%}  {images}  {peak_memory(device) / 1e9:7.1f}"
+        )
+    few, more = min(tokens, 4), min(tokens, 64)
+    with autocast:
+        naive = seconds(lambda: sample_naively(policy, *prompts(2), few, 7.5), device) / few
+        ours = seconds(lambda: sample(policy, *prompts(2), uniform(2, 1, more), 7.5, top_k=1), device) / more
+    print(f"\n2 captions, guided, tokens/s: {2 / naive:.2f} without a cache (first {few}), ", end="")
+    print(f"{2 / ours:.2f} with it (first {more}), {naive / ours:.1f} times as many")
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+
+
+def main():
+    parser = argparse.ArgumentParser("policy.py", description="bench: how fast random weights of a model's shape sample")
+    parser.add_argument("command", choices=["bench"])
+    parser.add_argument("--model", choices=MODELS, default="XL")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="captions at a time [1 8]")
+    parser.add_argument("--dtype", choices=["float32", "bf16"], default="bf16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="tokens a picture, at most the model's grid, which is the default")
+    given = parser.parse_args()
+    most = MODELS[given.model].grid ** 2
+    if min(given.batch) < 1 or not 2 <= (given.tokens or most) <= most:
+        parser.error(f"--batch takes numbers from 1, --tokens one from 2 to {most}")
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
+    bench(given.model, given.batch, dtype, given.device, given.tokens or most)
+
+
+if __name__ == "__main__":
+    main()
