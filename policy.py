@@ -102,12 +102,22 @@ def rotate(x, table):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        # On a CPU a matrix times a few rows is a matter of reading the matrix. MKL does so at the memory's rate for one row and half of
+        # it for two or more, guidance's two say; with the matrix as left factor at the full rate for all of them.
+        if x.is_cuda or not 2 <= x.shape[:-1].numel() <= 64:
+            return super().forward(x)
+        y = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_size = config.head_size
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, table, mask, cache, at):
         qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_size)
@@ -122,9 +132,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden, bias=False)
+        self.w3 = Linear(config.dim, config.hidden, bias=False)
+        self.w2 = Linear(config.hidden, config.dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -149,7 +159,7 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.uncond_embedding = nn.Parameter(torch.randn(config.prefix, config.caption_dim) / config.caption_dim**0.5)
-        inside, outside = (nn.Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
+        inside, outside = (Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
         self.cap_proj = nn.Sequential(OrderedDict(fc1=inside, gelu=nn.GELU("tanh"), fc2=outside))
 
     def forward(self, features, text_mask, guided):
@@ -179,15 +189,15 @@ class PromptEmbedding(nn.Module):
 
 def llamagen_parts(c):
     """Prefix embedding, code embedding, output, rotary embedding, under LlamaGen's entry names."""
-    return CaptionEmbedding(c), nn.Embedding(c.codes, c.dim), nn.Linear(c.dim, c.codes, bias=False), GridRotary(c)
+    return CaptionEmbedding(c), nn.Embedding(c.codes, c.dim), Linear(c.dim, c.codes, bias=False), GridRotary(c)
 
 
 def janus_parts(c, code_size=8):
     """The same of Janus, under its entry names."""
-    aligner = nn.Sequential(nn.Linear(code_size, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
+    aligner = nn.Sequential(Linear(code_size, c.dim), nn.GELU(), Linear(c.dim, c.dim))
     gen_aligner = nn.Sequential(OrderedDict(layers=aligner))
     codes = nn.Sequential(OrderedDict(gen_embed=nn.Embedding(c.codes, code_size), gen_aligner=gen_aligner))
-    head = {"output_mlp_projector": nn.Linear(c.dim, c.dim), "gelu": nn.GELU(), "vision_head": nn.Linear(c.dim, c.codes)}
+    head = {"output_mlp_projector": Linear(c.dim, c.dim), "gelu": nn.GELU(), "vision_head": Linear(c.dim, c.codes)}
     return PromptEmbedding(c), codes, nn.Sequential(OrderedDict(gen_head=nn.Sequential(OrderedDict(head)))), LineRotary(c)
 
 
@@ -432,13 +442,9 @@ def repeat(step, prefix, tokens, record, stretch=128):
                 step(prefix + n + 1)
             continue
         step(prefix + last)  # loads kernels and makes workspaces, which a recording cannot
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads, a loader's say, may go on
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, a loader's say, may go on meanwhile
             step(prefix + last)
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
         for _ in range(first + 1, last):
             graph.replay()
 
@@ -595,10 +601,10 @@ def sample_naively(policy, features, text_mask, tokens, guidance):
     return codes
 
 
-def seconds(function, device, times=1):
-    """Time of a call, after one that warms up."""
+def seconds(function, device, times=1, warm_up=None):
+    """Time of a call, after one of it, or of `warm_up`."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    function()
+    (warm_up or function)()
     wait()
     start = time.perf_counter()
     for _ in range(times):
@@ -652,11 +658,12 @@ def bench(model, batches, dtype, device, tokens):
     )
     print("\ncaptions  guided  tokens/s  ms a step   GB/s  of reading  of multiplying  images/s  peak GB")
     for batch, guidance in [(1, 1.0), *((batch, 7.5) for batch in batches)]:
-        inputs = *prompts(batch), uniform(batch, 1, tokens), guidance, 1.0, 1000
+        inputs, noise = prompts(batch), uniform(batch, 1, tokens)
+        draw = lambda noise: sample(policy, *inputs, noise, guidance, 1.0, 1000)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with autocast:
-            step = seconds(lambda: sample(policy, *inputs), device) / tokens
+            step = seconds(lambda: draw(noise), device, warm_up=lambda: draw(noise[..., :2])) / tokens
         rows = batch if guidance == 1 else 2 * batch
         cached = rows * (c.prefix + tokens / 2) * 2 * c.layers * c.dim  # keys and values, on average
         read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * rows / step

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metrics
 import policy as policies
@@ -433,6 +434,66 @@ def test_cached_sampling_equals_recomputation(backbone, guidance):
             drawn = [int((chance.cumsum(0) > u).nonzero()[0]) for chance, u in zip(chances, noise[:, 0, n])]
             codes = torch.cat([codes, torch.tensor(drawn)[:, None]], 1)
     assert torch.equal(fast[:, 0], codes)
+
+
+def test_a_recorded_stretch_draws_the_same(backbone, monkeypatch):
+    """Else a GPU, where a recorded step looks at all positions of its stretch, draws other tokens than a CPU: from what is not there yet."""
+    noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(3))
+    codes, log_probs = policies.sample(*backbone, noise, 2.0)
+
+    def as_recorded(step, prefix, tokens, record, stretch=6):
+        for n in range(tokens):
+            step(prefix + min((n // stretch + 1) * stretch, tokens))
+
+    monkeypatch.setattr(policies, "repeat", as_recorded)
+    again, same = policies.sample(*backbone, noise, 2.0)
+    assert torch.equal(codes, again)
+    torch.testing.assert_close(log_probs, same, atol=1e-5, rtol=0)
+
+
+def test_nothing_in_sampling_waits_for_the_device(backbone, monkeypatch):
+    """Else every token stops the GPU, and a step cannot be recorded: tensors without contents refuse whatever needs to know them."""
+    policy, features, mask = backbone
+    monkeypatch.setattr(policies, "without_padding", lambda *both: both)  # once a call, before the first token
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        codes, _ = policies.sample(policy, features, mask, torch.rand(3, 2, 16), 3.0, 1.0, 50)
+        assert codes.shape == (3, 2, 16)
+        with pytest.raises(Exception, match="item"):
+            codes.sum().item()  # as any such step would
+
+
+def test_matrices_cast_once_are_those_autocast_casts(backbone, monkeypatch):
+    """Else rollouts on a GPU come from another policy than the one that is trained."""
+    noise = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        copied = policies.in_autocasts_precision(backbone[0])
+        linear = [module for module in copied.modules() if isinstance(module, torch.nn.Linear)]
+        assert all(module.weight.dtype == torch.bfloat16 for module in linear) and copied.norm.weight is backbone[0].norm.weight
+        once = policies.sample(*backbone, noise, 2.0)
+        monkeypatch.setattr(policies, "in_autocasts_precision", lambda policy: policy)
+        each = policies.sample(*backbone, noise, 2.0)
+    assert torch.equal(once[0], each[0]) and torch.equal(once[1], each[1])
+    assert all(module.weight.dtype == torch.float32 for module in backbone[0].modules() if isinstance(module, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
+def test_few_rows_are_multiplied_alike(rows):
+    """Else guidance, which makes one row two, would change a linear layer, or its gradient."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(rows, 1, 24, requires_grad=True), policies.Linear(24, 40)
+    y, expected = layer(x), x @ layer.weight.T + layer.bias
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+    for ours, plain in zip(*(torch.autograd.grad(out.square().sum(), [x, layer.weight, layer.bias]) for out in (y, expected))):
+        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
+
+
+def test_bench_prints_its_table(capsys, monkeypatch):
+    """Else nobody can tell whether a change made sampling slower."""
+    monkeypatch.setattr(sys, "argv", ["policy.py", "bench", "--model", "tiny", "--batch", "2", "--tokens", "3", "--device", "cpu"])
+    policies.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line[:8].strip().isdigit()] == [["1", "no"], ["2", "yes"]]
+    assert "times as many" in lines[-1] and "GB/s" in lines[1]
 
 
 def test_a_row_does_not_depend_on_its_neighbours(backbone):
