@@ -109,7 +109,7 @@ class Linear(nn.Linear):
         if x.is_cuda or not 2 <= x.shape[:-1].numel() <= 64:
             return super().forward(x)
         y = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.type_as(y)
 
 
 class Attention(nn.Module):
