@@ -573,7 +573,8 @@ def janus_entries(state, head_size):
         names = janus_names(name)
         parts = list(value.chunk(len(names)))
         if parts[1:]:
-            parts[:2] = (swap_pairs(part, head_size, back=True) for part in parts[:2])
+            q, k, v = parts  # a view's file would hold the whole matrix, so v is copied
+            parts = [swap_pairs(q, head_size, back=True), swap_pairs(k, head_size, back=True), v.clone()]
         entries |= zip(names, parts)
     return entries
 

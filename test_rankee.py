@@ -489,7 +489,9 @@ def test_few_rows_are_multiplied_alike(rows):
 
 def test_bench_prints_its_table(capsys, monkeypatch):
     """Else nobody can tell whether a change made sampling slower."""
-    monkeypatch.setattr(sys, "argv", ["policy.py", "bench", "--model", "tiny", "--batch", "2", "--tokens", "3", "--device", "cpu"])
+    monkeypatch.setattr(
+        sys, "argv", ["policy.py", "bench", "--model", "tiny", "--batch", "2", "--tokens", "3", "--device", "cpu"]
+    )
     policies.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines if line[:8].strip().isdigit()] == [["1", "no"], ["2", "yes"]]

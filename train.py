@@ -237,8 +237,8 @@ def save(out, p, s, done):
 def save_janus(folder, source, ours):
     """A folder like `source` with the entries `ours`, of which those that did not change, and all others, stay as they are there."""
     entries = read_entries(source)
-    for name, value in ours.items():
-        value = value.cpu()
+    for name in entries.keys() & ours.keys():  # the tokenizer's statistic may be absent there
+        value = ours[name].cpu()
         entries[name] = entries[name] if torch.equal(entries[name].to(value.dtype), value) else value
     make_folder(folder)
     write_whole(folder / "pytorch_model.bin", lambda path: torch.save(entries, path))
