@@ -311,7 +311,7 @@ class JanusPrompts:
     def __call__(self, caption, name=None):
         words = lambda text: self.tokenizer.encode(text, add_special_tokens=False)
         end = [*words("\n\n<|Assistant|>:"), self.image]
-        prompt = words(f"<|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>")
+        prompt = words(f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>")
         if len(prompt) >= LONGEST_PROMPT:  # a caption's tail is cut, not what follows it
             prompt = [*prompt[: LONGEST_PROMPT - 1 - len(end)], *end]
         return torch.tensor([self.begin, *prompt])
@@ -544,10 +544,14 @@ def janus_from_entries(entries, sizes, pad, grid):
 
     Raises like `policy_from_entries`; entries that are not of image generation are left out.
     """
-    entries = {name: value for name, value in entries.items() if not name.startswith(JANUS_OTHERS)}
+    # Older files keep the rotary table.
+    others = lambda name: name.startswith(JANUS_OTHERS) or name.endswith("rotary_emb.inv_freq")
+    entries = {name: value for name, value in entries.items() if not others(name)}
     words, dim = entries["language_model.model.embed_tokens.weight"].shape
     layers = 1 + max((int(name.split(".")[3]) for name in entries if name.startswith("language_model.model.layers.")), default=-1)
     language = sizes.get("language_config", {})
+    if language.get("rope_theta", 10000) != 10000 or language.get("rope_scaling"):
+        raise ValueError("its config.json asks for another rotary embedding than Janus-Pro's, base 10000 without scaling")
     config = PolicyConfig(
         dim, layers, dim // language["num_attention_heads"] if "num_attention_heads" in language else 128,
         hidden=entries["language_model.model.layers.0.mlp.gate_proj.weight"].shape[0], codes=len(entries["gen_embed.weight"]),

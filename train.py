@@ -728,7 +728,7 @@ def claim_pictures(s):
     now |= {
         name: metrics.file_hash(now[name])
         for name in ("ckpt", "vq", "prompts", "data")
-        if Path(now[name]).is_file() or is_janus(now[name])
+        if Path(now[name]).is_file() or name == "ckpt" and is_janus(now[name])
     }
     was = json.loads(note.read_text()) if note.exists() else now
     if was["count"] < s.count:  # more are drawn beside those
