@@ -150,9 +150,7 @@ def parse_settings(arguments):
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
     given = vars(given)
     public = given["data"] != "scenes" if "data" in given else "ckpt" in given
-    ckpt = given.get("evaluate", given.get("ckpt", ""))
-    if Path(ckpt).is_dir() and ckpt and not is_janus(ckpt):  # what a run leaves
-        ckpt = str(Path(ckpt) / ("policy" if is_janus(Path(ckpt) / "policy") else "policy.pt"))
+    ckpt = named_checkpoint(given.get("evaluate", given.get("ckpt", "")))
     preset = (JANUS if is_janus(ckpt) else {}) if public else SCENES
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
@@ -164,6 +162,20 @@ def parse_settings(arguments):
     check_settings(s)
     beside = str(Path(s.data)) + ".t5" if s.data not in ("", "scenes") else ""
     return s if s.janus else dataclasses.replace(s, t5_features=s.t5_features or beside)
+
+
+def named_checkpoint(ckpt):
+    """The checkpoint that `ckpt` means: itself, or the policy in a run's folder. Raises BadInput for a folder that is neither's."""
+    path = Path(ckpt)
+    if path.is_file() and path.name.startswith(("pytorch_model", "model.safetensors", "model-")) and is_janus(path.parent):
+        raise BadInput(f"{ckpt}: is a part of a folder in Janus-Pro's layout; name the folder")
+    if not ckpt or not path.is_dir() or is_janus(path):
+        return ckpt
+    if is_janus(path / "policy"):
+        return str(path / "policy")
+    if not (path / "policy.pt").exists():
+        raise BadInput(f"{path / 'policy.pt'}: no such file, nor a config.json: neither a run's folder nor Janus-Pro's, whole")
+    return str(path / "policy.pt")
 
 
 def check_settings(s):
@@ -225,26 +237,27 @@ def save(out, p, s, done):
     state = {"round": done, "settings": dataclasses.asdict(s)} | {name: getattr(p, name).state_dict() for name in STATE}
     write_whole(out / f"state-{done:06d}.pt", lambda path: torch.save(state, path))
     if s.janus:
-        tokenizer = {f"gen_vision_model.{name}": value for name, value in state["vq_ema"].items()}
-        for name in ("policy", "policy_ema"):
-            save_janus(out / name, Path(s.ckpt), janus_entries(state[name], p.policy.config.head_size) | tokenizer)
-    for name in [] if s.janus else NETWORKS:
-        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": state[name]}, path))
+        save_janus(out, Path(s.ckpt), state, p.policy.config.head_size)
+    else:
+        for name in NETWORKS:
+            write_whole(out / f"{name}.pt", lambda path: torch.save({"model": state[name]}, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
 
 
-def save_janus(folder, source, ours):
-    """A folder like `source` with the entries `ours`, of which those that did not change, and all others, stay as they are there."""
+def save_janus(out, source, state, head_size):
+    """Folders like `source` with the policy and with its EMA, each with the decoder's EMA. What did not change stays as it is there."""
     entries = read_entries(source)
-    for name in entries.keys() & ours.keys():  # the tokenizer's statistic may be absent there
-        value = ours[name].cpu()
-        entries[name] = entries[name] if torch.equal(entries[name].to(value.dtype), value) else value
-    make_folder(folder)
-    write_whole(folder / "pytorch_model.bin", lambda path: torch.save(entries, path))
-    for file in source.glob("*.json"):  # config.json, the tokenizer's, the processor's
-        if not file.name.endswith(".index.json"):
-            write_whole(folder / file.name, lambda path: path.write_bytes(file.read_bytes()))
+    on_cpu = lambda name: {key: value.cpu() for key, value in state[name].items()}  # reordering rows there spares the GPU
+    tokenizer = {f"gen_vision_model.{name}": value for name, value in on_cpu("vq_ema").items()}
+    for name in ("policy", "policy_ema"):
+        ours = janus_entries(on_cpu(name), head_size) | tokenizer
+        changed = {key: ours[key] for key in entries.keys() & ours.keys() if not torch.equal(entries[key].float(), ours[key])}
+        make_folder(out / name)
+        write_whole(out / name / "pytorch_model.bin", lambda path: torch.save(entries | changed, path))
+        for file in source.glob("*.json"):  # config.json, the tokenizer's, the processor's
+            if not file.name.endswith(".index.json"):
+                write_whole(out / name / file.name, lambda path: path.write_bytes(file.read_bytes()))
 
 
 def differences(was, now):
