@@ -202,7 +202,7 @@ class Players:
 class Rollouts:
     """R = B·G samples of a round, a caption's G in a row."""
 
-    features: torch.Tensor  # (R, T, C), left-padded
+    features: torch.Tensor  # (R, T, C), or words (R, T); left-padded
     text_mask: torch.Tensor  # (R, T)
     text: torch.Tensor  # (R, E), the scorer's embeddings of the captions
     codes: torch.Tensor  # (R, N)
