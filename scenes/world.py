@@ -202,6 +202,8 @@ class Scenes:
         self.captions, self.features, self.text_mask, self.real = self.show(self.attributes, generator)
         self.noise = torch.rand(s.samples, 1, config.grid**2, generator=generator).to(device)
         self.real_histogram = token_histogram(in_rows(vq.encode, self.real, size=s.micro_batch), config.codes)
+        generator = torch.Generator().manual_seed(2**31)  # distances are to other scenes, the same for every arm and seed
+        self.real_features = self.feature_net.features(self.show(random_attributes(s.samples, generator), generator)[3])
 
     def show(self, attributes, generator):
         """Scenes (n, 7) as captions, left-padded text features (n, T, C), their mask (n, T) and pictures (n, 3, 32, 32)."""
@@ -217,9 +219,7 @@ class Scenes:
     def measure(self, codes, images):
         """CLIP ×100, Fréchet distance to as many real scenes, attribute accuracy and token statistics of codes (n, N) and
         images (n, 3, 32, 32) drawn for `captions`."""
-        generator = torch.Generator().manual_seed(2**31)  # the real side is the same for every arm and seed
-        real = self.show(random_attributes(len(images), generator), generator)[3]
-        ours, theirs = self.feature_net.features(images.clamp(-1, 1)), self.feature_net.features(real)
+        ours, theirs = self.feature_net.features(images.clamp(-1, 1)), self.real_features
         distance = lambda a, b: frechet_distance(*feature_statistics([a])[:2], *feature_statistics([b])[:2])
         guesses = torch.stack([logits.argmax(1) for logits in self.feature_net.logits(ours[0])], 1)  # (n, 7)
         histogram = token_histogram(codes, self.config.codes)
