@@ -5,7 +5,7 @@ Janus-Pro's generation side (Chen et al. 2025, arXiv 2501.17811). What differs i
 and `janus_parts`: how a caption and a code become embeddings, the rotary embedding, the output. Sizes are read from shapes:
 
     file                      layers  heads  dim    codes   prefix  parameters
-    scenes/policy.pt               3      6    96     512        8       0.5 M
+    scenes/policy.pt               3      6    96     512        8       0.4 M
     t2i_XL_stage1_256.pt          36     20  1280   16384      120       775 M
     t2i_XL_stage2_512.pt          36     20  1280   16384      120       775 M
     Janus-Pro-1B/                 24     16  2048   16384    ≤ 512      1480 M, of them 210 M words

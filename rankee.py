@@ -33,7 +33,7 @@ from policy import sample, token_log_probs
 @dataclass(frozen=True)
 class Method:
     """The method's settings: type, meaning, least and largest value where they are not 0 and none. Defaults: the authors'
-    scripts for LlamaGen-XL, but for `keep`."""
+    scripts for LlamaGen-XL, but for `keep`, and `reference`, which is the paper's."""
 
     arm: Annotated[Literal["both", "policy", "decoder"], "RankE, standard RL (decoder frozen), or stage 2 alone"] = "both"
     rounds: Annotated[int, "rounds of rollout, stage 1, stage 2, EMA", 1] = 6000
@@ -74,7 +74,7 @@ class Method:
     lambda_r: Annotated[float, "λ_r, reconstruction anchor on real images"] = 1.0
     lambda_c: Annotated[float, "λ_c, consistency anchor to the EMA decoder"] = 10.0
     real_images: Annotated[int, "real images a round for reconstruction and discriminator; 0 is the captions' own"] = 0
-    # Stage 4
+    # EMA
     ema_policy: Annotated[float, "decay of the policy's EMA", 0, 1] = 0.999
     ema_policy_every: Annotated[int, "rounds between updates of the policy's EMA", 1] = 10
     ema_decoder: Annotated[float, "decay of the decoder's EMA, every round", 0, 1] = 0.99
@@ -278,7 +278,8 @@ def policy_stage(p, m, r, step):
         total_kl = total_clipped = 0.0
         for i, rows in enumerate(chunks):
             now = log_probs(p.policy, rows)  # (rows, N)
-            if epoch == 0:  # before the first step π_θ *is* π_old: no third pass
+            # Before the first step π_θ *is* π_old: no third pass. With one inner epoch ρ stays 1 and ε never acts.
+            if epoch == 0:
                 old_log_probs.append(now.detach())
             ranking, clipped = policy_loss(now, old_log_probs[i], advantages[rows], m.epsilon)
             kl = kl_anchor(now, reference_log_probs[i])
@@ -313,18 +314,19 @@ def decoder_stage(p, m, r, step, images):
     if m.gan_weight:
         log |= discriminator_step(p, m, r, images)
     gan_weight = m.gan_weight if step >= m.gan_start else 0.0
+    rank_gan = m.lambda_g * gan_weight if m.gan != "none" else 0.0
     p.discriminator.requires_grad_(False)
 
-    for rows in kept.split(m.micro_batch):
+    for rows in kept.split(m.micro_batch) if m.lambda_d or rank_gan or m.lambda_c else ():
         with p.autocast:
             decoded = p.vq.decode(r.codes[rows])
             terms = {}
             if m.lambda_d:
                 terms["decoder_reward"] = m.lambda_d * reward_loss(p.scorer(decoded, r.text[rows]), weights[rows])
-            if gan_weight and m.lambda_g and m.gan != "none":
+            if rank_gan:
                 verdicts = p.discriminator(decoded).float().mean((1, 2, 3))
                 w = weights[rows] if m.gan == "rank" else torch.ones_like(verdicts)
-                terms["rank_gan"] = m.lambda_g * gan_weight * rank_gan_loss(verdicts, w)
+                terms["rank_gan"] = rank_gan * rank_gan_loss(verdicts, w)
             if m.lambda_c:
                 terms["consistency"] = m.lambda_c * consistency_anchor(decoded, r.images[rows], p.perceptual)
         backward(terms, len(rows) / len(kept), log)
@@ -342,8 +344,7 @@ def decoder_stage(p, m, r, step, images):
 
 def backward(terms, share, log):
     """Back-propagates the sum of the loss terms of a micro-batch, `share` of the whole, and adds them to `log`."""
-    if terms:
-        (share * sum(terms.values())).backward()
+    (share * sum(terms.values())).backward()
     for name, value in terms.items():
         log[name] = log.get(name, 0.0) + share * value.item()
 

@@ -3,7 +3,7 @@
 The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for entry, so that `vq_ds16_t2i.pt` loads strictly:
 
     file               channels  multipliers  factor  codes      parameters
-    scenes/vq.pt             32  1,1,2             4  512 × 8         0.5 M
+    scenes/vq.pt             32  1,1,2             4  512 × 8         0.9 M
     vq_ds16_t2i.pt          128  1,1,2,2,4        16  16384 × 8      72   M
 
 Codebook and latents are l2-normalized on both sides, so the nearest code is the one of largest cosine.
