@@ -391,13 +391,19 @@ def read_statistics(path):
 # Each function is a command too. All return the numbers, name → value, and lines that say by which protocol they came about.
 
 
-def inception_input(preprocess, picture):
+def inception_input(preprocess, image_size, picture):
+    if image_size:
+        picture = middle_square(image_size, picture)
     return prepare_for_inception(np.array(picture)[None], preprocess)[0]
+
+
+def middle_square(size, picture):
+    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 
 
 def square(size, picture):
     """The middle square of a PIL picture, (3, size, size) in [-1, 1], resized with Lanczos."""
-    return torch.from_numpy(np.array(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1) / 127.5 - 1
+    return torch.from_numpy(np.array(middle_square(size, picture))).permute(2, 0, 1) / 127.5 - 1
 
 
 def file_hash(path):
@@ -413,32 +419,36 @@ def inception(weights, device="cpu"):
     return build(weights, "Inception-v3 in its FID variant", inception_from_entries).to(device)
 
 
-def side_statistics(side, network, preprocess, workers, device):
+def side_statistics(side, network, preprocess, image_size, workers, device):
     """Mean, covariance and count of one side of a distance, a folder's pictures or a .npz, and a line on where they come from."""
     if preprocess not in PREPROCESSINGS:
         raise BadInput(f"--preprocess {preprocess}: there are {' and '.join(PREPROCESSINGS)}")
     if str(side).endswith(".npz"):
         *found, count = read_statistics(side)
         return *found, count, f"{count} pictures, by statistics made elsewhere: {file_hash(side)}"
-    pictures = read_pictures(list_pictures(side), functools.partial(inception_input, preprocess), workers)
+    pictures = read_pictures(list_pictures(side), functools.partial(inception_input, preprocess, image_size), workers)
     *found, count = feature_statistics(network(x.to(device)) for _, x in pictures)
-    return *found, count, f"{count} pictures of {side}, {preprocess} preprocessing"
+    resized = f", middle squares at {image_size} px, Lanczos" if image_size else ""
+    return *found, count, f"{count} pictures of {side}{resized}, {preprocess} preprocessing"
 
 
-def statistics(a, out, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
+def statistics(a, out, *, weights, preprocess="clean", image_size=0, workers=WORKERS, device=DEVICE):
     """Writes the mean and covariance of a folder's pictures to OUT.npz, in pytorch-fid's layout."""
     if not Path(out).absolute().parent.is_dir():
         raise BadInput(f"{out}: its folder is not there; make it first")
-    mean, covariance, count, how = side_statistics(a, inception(weights, device), preprocess, workers, device)
+    mean, covariance, count, how = side_statistics(a, inception(weights, device), preprocess, image_size, workers, device)
     np.savez(out, mu=mean, sigma=covariance, count=count)
     return {"pictures": count}, [f"{how}, {file_hash(weights)}"]
 
 
-def fid(a, b, *, weights, preprocess="clean", workers=WORKERS, device=DEVICE):
-    """Fréchet Inception distance of two folders of pictures (png, jpg, webp; nested), or of saved statistics (.npz)."""
+def fid(a, b, *, weights, preprocess="clean", image_size=0, workers=WORKERS, device=DEVICE):
+    """Fréchet Inception distance of two folders of pictures (png, jpg, webp; nested), or of saved statistics (.npz).
+
+    `image_size`: pixels a side that pictures' middle squares are resized to first, with Lanczos; 0 takes them as they are.
+    """
     network = inception(weights, device)
     (*of_a, count_a, how_a), (*of_b, count_b, how_b) = (
-        side_statistics(side, network, preprocess, workers, device) for side in (a, b)
+        side_statistics(side, network, preprocess, image_size, workers, device) for side in (a, b)
     )
     if of_a[0].shape != of_b[0].shape:
         raise BadInput(f"{a} has {len(of_a[0])} features and {b} {len(of_b[0])}; give statistics of one network")
@@ -452,7 +462,7 @@ def read_captions(file, folder, paths):
     """A caption for each picture: from a .json, name → caption, or a text file with a line for each in sorted order."""
     with reading(file, f"a caption for each of the {len(paths)} pictures of {folder}: a line each, or .json, path → caption"):
         text = Path(file).read_text("utf-8")
-        lines = text.splitlines()
+        lines = text.removesuffix("\n").split("\n")  # captions may hold what splitlines() splits at
         if str(file).endswith(".json"):
             known, names = json.loads(text), [str(path.relative_to(folder)) for path in paths]
             lines = [known[name if name in known else os.path.splitext(name)[0]] for name in names]

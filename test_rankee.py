@@ -282,6 +282,16 @@ def test_fid_command_is_the_distance_of_the_pictures(two_folders, tmp_path, prep
             np.testing.assert_allclose(saved["sigma"], sides[1], atol=1e-5)
 
 
+def test_larger_pictures_are_measured_as_if_saved_at_256_px():
+    """Else Janus-Pro's pictures of 384 px are measured at a size that the paper's figures are not of."""
+    picture = train.Image.fromarray(np.random.default_rng(0).integers(0, 256, (384, 400, 3), dtype=np.uint8))
+    saved = train.to_picture(metrics.square(256, picture))
+    ours = metrics.inception_input("clean", 256, picture)
+    assert torch.equal(ours, metrics.inception_input("clean", 0, saved)) and torch.equal(
+        ours, metrics.inception_input("clean", 256, saved)
+    )
+
+
 def test_a_distance_from_itself_is_zero(two_folders, tmp_path):
     """Else rounding of a singular covariance (12 samples in 64 dimensions) makes a distance of its own."""
     mean, covariance, count = metrics.feature_statistics([torch.randn(12, 64, generator=torch.Generator().manual_seed(0))])
@@ -1173,6 +1183,10 @@ def test_what_is_missing_is_said_at_once(tmp_path, capsys, monkeypatch):
         assert word in text, word
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     assert "pip install transformers" in refused(capsys, monkeypatch, *arguments, lines=9)
+    write_miniature(tmp_path)  # not the embedded world's, so it is not measured on that
+    text = refused(capsys, monkeypatch, "--evaluate", tmp_path / "policy.pt", "--out", tmp_path / "run", lines=6)
+    assert "--inception " in text and "--data " in text
+    assert "--ckpt " in refused(capsys, monkeypatch, "--data", tmp_path, "--out", tmp_path / "run", lines=8)
 
 
 def test_scorers_are_open_clips_own(tmp_path):
@@ -1279,6 +1293,20 @@ def test_every_data_layout_gives_the_same_pairs(tmp_path):
             expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
             torch.testing.assert_close(image, expected)
             assert caption == CAPTIONS[i] and features.shape == (1 + len(pair[0]) % 5, 48)
+
+
+def test_a_caption_may_hold_any_separator(tmp_path):
+    """Else one web caption with U+2028 in it moves all after it to another picture, or refuses a list of millions."""
+    captions = ["a red\u2028bus", "two\x85cats"]
+    lines = [json.dumps({"image_path": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+    (tmp_path / "list.jsonl").write_text("\n".join([lines[0], "", lines[1], ""]), "utf-8")
+    assert [(name, text) for name, _, text in train.list_pairs(tmp_path / "list.jsonl")[0]] == [
+        ("list/0", captions[0]),
+        ("list/2", captions[1]),
+    ]
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n", "utf-8")
+    assert metrics.read_captions(tmp_path / "captions.txt", tmp_path, ["0.png", "1.png"]) == captions
+    assert train.read_prompts(train.parse_settings(["--prompts", str(tmp_path / "captions.txt")]))[0] == captions
 
 
 def test_data_order_is_a_function_of_seed_and_position(tmp_path):
@@ -1657,6 +1685,8 @@ def assert_same_run(a, b):
     assert logs[0] == logs[1] and len(logs[0]) == 6
     for name in ("results.json", "pictures-000006.png"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
+    for name in train.NETWORKS:
+        assert same(train.read_entries(a / f"{name}.pt"), train.read_entries(b / f"{name}.pt"))
     assert not [path for path in b.iterdir() if path.name.startswith(".")]
 
 
@@ -1681,19 +1711,19 @@ def half(value, path):
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), 9)
 torch.save = half""",
-    # with the second checkpoint in place and one of the four networks written
+    # with the last checkpoint in place and one of the four networks written
     "exports": """
 rename, done = os.replace, []
 def few(a, b):
     rename(a, b)
     done.append(str(b))
-    if sum("state" in name for name in done) == 2 and done[-1].endswith("policy.pt"):
+    if sum("state" in name for name in done) == 3 and done[-1].endswith("policy.pt"):
         os.kill(os.getpid(), 9)
 os.replace = few""",
 }
 
 
-@pytest.mark.parametrize("where, left", [("round", 2), ("write", 2), ("exports", 4)])
+@pytest.mark.parametrize("where, left", [("round", 2), ("write", 2), ("exports", 6)])
 def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path, where, left):
     """Else a night's crash costs the run, or the resumed one is another run and nobody notices."""
     out = tmp_path / "run"
@@ -1729,6 +1759,30 @@ def test_a_damaged_checkpoint_leaves_the_one_before(whole_run, tmp_path, capsys,
     assert_same_run(whole_run, out)
     line = refused(capsys, monkeypatch, *LONG, "--out", out, "--resume", "--beta", "0.1", "--keep", "1")
     assert "was made with --beta 0.05, --keep 0; give that again" in line
+    for path in out.glob("state-*"):
+        os.truncate(path, 5000)
+    log = (out / "log.jsonl").read_bytes()
+    text = refused(capsys, monkeypatch, *LONG, "--out", out, "--resume", lines=2)
+    assert "there is no other in" in text and (out / "log.jsonl").read_bytes() == log
+
+
+def test_changed_rates_reach_the_optimizers(monkeypatch):
+    """Else `--resume --changed --lr-decoder` goes on at the old rate, and settings.json says the new one."""
+    m = train.parse_settings(["--lr-decoder", "0.5", "--weight-decay", "0.25"])
+
+    def players(m):
+        p = rankee.Players(*(torch.nn.Linear(2, 2) for _ in range(5)), m, None)
+        p.policy(torch.ones(2)).sum().backward()
+        p.policy_optimizer.step()
+        return p
+
+    monkeypatch.setattr(torch.nn.Linear, "moving_parameters", torch.nn.Linear.parameters, raising=False)
+    before, after = players(train.parse_settings([])), players(m)
+    train.load_state(after, {name: getattr(before, name).state_dict() for name in train.STATE})
+    (group,) = after.decoder_optimizer.param_groups
+    assert group["lr"] == 0.5 and group["weight_decay"] == 0.25
+    assert same(after.policy.state_dict(), before.policy.state_dict())
+    assert same(after.policy_optimizer.state_dict()["state"], before.policy_optimizer.state_dict()["state"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1858,6 +1912,16 @@ def test_a_comparison_survives_a_stop_and_adds_up(tmp_path, monkeypatch):
     assert "minus standard RL" in printed and printed.count("RankE ") == 3
     for name in ("pareto.png", "swap.png"):
         assert train.Image.open(out / name).size[0] > 400
+
+
+def test_differences_have_standard_errors(capsys):
+    """Else the spread between seeds passes for the error of the mean."""
+    rows = [{"arm": arm, "seed": n, "round": 1, "clip": 70.0} for n in (1, 2, 3) for arm in ("base", *train.ARMS)]
+    for row, value in zip((row for row in rows if row["arm"] == "RankE"), (71.0, 72.0, 76.0)):
+        row["clip"] = value
+    train.print_comparison(rows)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("RankE")] == ["RankE 73.000 ± 2.646", *["RankE 3.000 ± 1.528"] * 2]
 
 
 def test_arms_differ_by_what_their_names_say():

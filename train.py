@@ -124,7 +124,7 @@ JANUS = dict(out="runs/janus", image_size=384, guidance=5.0, top_k=0, lr_policy=
 
 
 def parse_settings(arguments):
-    """The command line to `Settings`. Options left out take the paper's values with --ckpt, the embedded world's without."""
+    """The command line to `Settings`. Options left out take the paper's values for a public checkpoint, else the embedded world's."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout, allow_abbrev=False, exit_on_error=False)
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
@@ -149,9 +149,9 @@ def parse_settings(arguments):
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, cutoff=0)
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
     given = vars(given)
-    public = given["data"] != "scenes" if "data" in given else "ckpt" in given
     ckpt = named_checkpoint(given.get("evaluate", given.get("ckpt", "")))
-    preset = (JANUS if is_janus(ckpt) else {}) if public else SCENES
+    data = given.get("data", "" if ckpt and not ran_on_scenes(ckpt) else "scenes")
+    preset = SCENES if data == "scenes" else JANUS if is_janus(ckpt) else {}
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
     if "evaluate" in given and "ckpt" in given:
@@ -176,6 +176,13 @@ def named_checkpoint(ckpt):
     if not (path / "policy.pt").exists():
         raise BadInput(f"{path / 'policy.pt'}: no such file, nor a config.json: neither a run's folder nor Janus-Pro's, whole")
     return str(path / "policy.pt")
+
+
+def ran_on_scenes(ckpt):
+    """Whether a checkpoint lies in the folder of a run on the embedded world."""
+    settings = Path(ckpt).with_name("settings.json")
+    with reading(settings, "a run's settings"):
+        return settings.exists() and json.loads(settings.read_text("utf-8")).get("data") == "scenes"
 
 
 def check_settings(s):
@@ -232,23 +239,34 @@ NETWORKS = ["policy", "policy_ema", "vq", "vq_ema"]
 STATE = [*NETWORKS, "discriminator", "policy_optimizer", "decoder_optimizer", "discriminator_optimizer"]
 
 
-def save(out, p, s, done):
-    """A checkpoint after `done` rounds, of which the last two are kept, and the networks for other programs, in their own layout."""
+def save_state(out, p, s, done):
+    """A checkpoint after `done` rounds; the last two are kept."""
     state = {"round": done, "settings": dataclasses.asdict(s)} | {name: getattr(p, name).state_dict() for name in STATE}
     write_whole(out / f"state-{done:06d}.pt", lambda path: torch.save(state, path))
-    if s.janus:
-        save_janus(out, Path(s.ckpt), state, p.policy.config.head_size)
-    else:
-        for name in NETWORKS:
-            write_whole(out / f"{name}.pt", lambda path: torch.save({"model": state[name]}, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
 
 
-def save_janus(out, source, state, head_size):
+def load_state(p, state):
+    """Back from a checkpoint. Of an optimizer the moments alone: its rates are the settings', and --changed may have changed them."""
+    for name in STATE:
+        part, saved = getattr(p, name), state[name]
+        part.load_state_dict(part.state_dict() | {"state": saved["state"]} if "param_groups" in saved else saved)
+
+
+def save_networks(out, p, s):
+    """The networks for other programs, in their own layout."""
+    networks = {name: getattr(p, name).state_dict() for name in NETWORKS}
+    if s.janus:
+        return save_janus(out, Path(s.ckpt), networks, p.policy.config.head_size)
+    for name, entries in networks.items():
+        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": entries}, path))
+
+
+def save_janus(out, source, networks, head_size):
     """Folders like `source` with the policy and with its EMA, each with the decoder's EMA. What did not change stays as it is there."""
     entries = read_entries(source)
-    on_cpu = lambda name: {key: value.cpu() for key, value in state[name].items()}  # reordering rows there spares the GPU
+    on_cpu = lambda name: {key: value.cpu() for key, value in networks[name].items()}  # reordering rows there spares the GPU
     tokenizer = {f"gen_vision_model.{name}": value for name, value in on_cpu("vq_ema").items()}
     for name in ("policy", "policy_ema"):
         ours = janus_entries(on_cpu(name), head_size) | tokenizer
@@ -267,11 +285,18 @@ def differences(was, now):
 
 
 def newest_checkpoint(out, s, changed):
-    """The newest checkpoint in `out` that can be read, or round 0. Raises BadInput where its settings are not `s`, unless `changed`."""
-    for path in sorted(out.glob("state-*.pt"), reverse=True):
+    """The newest checkpoint in `out` that can be read; round 0 where none was written.
+
+    Raises BadInput where all are damaged, or the settings are not `s`, unless `changed`.
+    """
+    paths = sorted(out.glob("state-*.pt"))
+    while paths:
+        path = paths.pop()
         try:
             state = read_checkpoint(path)
         except BadInput as error:
+            if not paths:
+                raise BadInput(f"--resume: {error}; there is no other in {out}: begin again with another --out") from error
             print(f"train.py: {error}; the one before it is used", file=sys.stderr)
             continue
         other = differences(state["settings"], dataclasses.asdict(s))
@@ -391,7 +416,9 @@ def coco_pairs(file):
 
 def jsonl_pairs(file):
     """The same of LlamaGen's own lists, whose extraction tool names a line's features LIST/LINE.npy."""
-    for number, line in enumerate(file.read_text("utf-8").splitlines()):
+    for number, line in enumerate(file.read_text("utf-8").split("\n")):  # captions may hold what splitlines() splits at
+        if not line.strip():
+            continue
         entry = json.loads(line)
         text = entry["text"] if isinstance(entry["text"], str) else entry["text"][0]
         yield f"{file.stem}/{number}", file.parent / entry["image_path"], text.encode()
@@ -487,16 +514,16 @@ class PublicWorld:
     def __init__(self, s, config, device, autocast, start, rank, processes):
         self.s, self.config, self.device = s, config, device
         pairs, skipped = list_pairs(s.data)
-        if rank > 0:  # the first process computes what lacks, the others find it
-            dist.barrier()
-        features_of = pairs_features(s, pairs, config, device, autocast)
-        if rank == 0 and processes > 1:
-            dist.barrier()
         scorer = build(s.reward_weights, f"the scorer {s.reward}", metrics.clip_from_entries, *REWARDS[s.reward])
         self.scorer, self.perceptual = scorer.to(device), None
         if s.arm != "policy":
             linear = read_entries(s.lpips)
             self.perceptual = build(s.vgg, f"VGG16 with {s.lpips}", lpips_from_entries, linear).to(device)
+        if rank > 0:  # the first process computes what lacks, the others find it
+            dist.barrier()
+        features_of = pairs_features(s, pairs, config, device, autocast)  # hours, so after all that may be refused
+        if rank == 0 and processes > 1:
+            dist.barrier()
         torch.manual_seed(s.seed)  # the discriminator starts from nothing
         self.discriminator = patch_discriminator().to(device)
         stream, size = Pairs(pairs, features_of, s.image_size, s.seed), max(s.captions, s.real_images)
@@ -633,14 +660,15 @@ def run(s):
         raise BadInput(f"{out} holds a run already; go on with --resume, name another folder with --out, or remove it")
 
     # Load
-    if s.ckpt:
+    if s.ckpt or s.data != "scenes":
         judges = ["reward_weights"] if s.arm == "policy" else ["reward_weights", "vgg", "lpips"]
         s = find_files(s, captions=False) if s.data == "scenes" else find_files(s, *judges, "data")
     resume, changed, s = s.resume, s.changed, dataclasses.replace(s, resume=False, changed=False)  # a checkpoint's settings
     state = newest_checkpoint(out, s, changed) if resume else {"round": 0}
     results = out / "results.json"
     rows = json.loads(results.read_text()) if resume and results.exists() else []
-    if rows and rows[-1]["round"] == s.rounds == state["round"]:
+    pictures = lambda done: out / f"pictures-{done:06d}.png"  # the last file of a save
+    if rows and rows[-1]["round"] == s.rounds == state["round"] and pictures(s.rounds).exists():
         return print_table(rows)  # all done before
     policy, vq, device, autocast = load_pair(s)
     if s.data == "scenes" and policy.config.prefix <= len(world.ATTRIBUTES):
@@ -655,7 +683,7 @@ def run(s):
 
     # The base
     if rank == 0:
-        make_folder(out, *([] if resume else ["log.jsonl"]))
+        make_folder(out)
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
     prompts = w.features, w.text_mask, w.noise
     codes, before = paint(policy, [base_vq], s, autocast, prompts)
@@ -663,10 +691,20 @@ def run(s):
     if s.data == "scenes":
         rows.insert(0, {"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)})
 
+    def show(done):
+        """All of a save that a checkpoint can make again."""
+        save_networks(out, p, s)
+        _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
+        columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
+        save_grid(pictures(done), columns, w.captions[:8])
+
     # Where an earlier run stopped
-    for name in STATE if state["round"] else []:
-        getattr(p, name).load_state_dict(state[name])
+    if state["round"]:
+        load_state(p, state)
     if rank == 0:
+        make_folder(out, *([] if resume else ["log.jsonl"]))
+        if state["round"] and not pictures(state["round"]).exists():
+            show(state["round"])
         log_path = out / "log.jsonl"
         lines = log_path.read_text().splitlines()[: state["round"]] if log_path.exists() else []
         write_whole(log_path, lambda path: path.write_text("".join(line + "\n" for line in lines)))
@@ -706,10 +744,8 @@ def run(s):
                 rows.append({"arm": NAMES[s.arm], "seed": s.seed, "round": step + 1, **measured})
                 write_whole(results, lambda path: path.write_text(json.dumps(rows, indent=1)))
             if rank == 0 and (stop or (step + 1) % s.save_every == 0 or last):
-                save(out, p, s, step + 1)
-                _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
-                columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
-                save_grid(out / f"pictures-{step + 1:06d}.png", columns, w.captions[:8])
+                save_state(out, p, s, step + 1)
+                show(step + 1)
             if stop:
                 bar.write(f"stopped after round {step + 1}; --resume goes on")
                 if processes > 1:
@@ -778,7 +814,7 @@ def write_pictures(s, pair, paths, features_of):
 def read_prompts(s):
     """The captions of --sample and --prompts, and GenEval's own line for each of its captions."""
     with reading(f"--prompts {s.prompts}", "a caption a line, or GenEval's .jsonl for its layout"):
-        lines = [line for line in Path(s.prompts).read_text("utf-8").splitlines() if line.strip()] if s.prompts else []
+        lines = [line for line in Path(s.prompts).read_text("utf-8").split("\n") if line.strip()] if s.prompts else []
         captions = [json.loads(line)["prompt"] for line in lines] if s.layout == "geneval" else lines
     if not captions and not s.sample:
         raise BadInput(f"--prompts {s.prompts}: holds no caption; expected one a line")
@@ -787,7 +823,7 @@ def read_prompts(s):
 
 def write_samples(s):
     """Pictures of each caption in --sample and --prompts, in --out: one, or four in GenEval's layout."""
-    s = find_files(dataclasses.replace(s, t5_features=""), captions=s.data != "scenes") if s.ckpt else s
+    s = find_files(dataclasses.replace(s, t5_features=""), captions=s.data != "scenes") if s.ckpt or s.data != "scenes" else s
     captions, lines = read_prompts(s)
     pair = load_pair(s)
     policy, _, device, autocast = pair
@@ -862,13 +898,13 @@ def evaluate(s):
         print(f"skipped {line} ({i} so far)", file=sys.stderr)
     write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
     paths = [out / "samples" / f"{name}.png" for name in names]
-    order = list(names.items())
-    write_pictures(s, pair, paths, lambda i: stream.features_of(*reversed(order[i])))
+    drawn_for = [(caption, name) for name, caption in names.items()]
+    write_pictures(s, pair, paths, lambda i: stream.features_of(*drawn_for[i]))
 
     drawn, real, common = out / "samples", out / "real", {"workers": s.workers, "device": device}
     results = [
         metrics.clip(drawn, captions=out / "captions.json", weights=s.clip_b32, **common),
-        metrics.fid(drawn, real, weights=s.inception, **common),
+        metrics.fid(drawn, real, weights=s.inception, image_size=min(s.image_size, 256), **common),  # published at 256 px
         metrics.shift(drawn, real, codes=policy.config.codes, **common),
     ]
     row = {"checkpoint": Path(s.ckpt).name[:14], **{name: value for numbers, _ in results for name, value in numbers.items()}}
@@ -963,14 +999,15 @@ def swap(s, folders):
 
 
 def print_comparison(rows):
-    """Means and standard deviations over the seeds after the last round, then differences within a seed to two of the arms."""
+    """Means ± standard deviations over the seeds after the last round, then differences within a seed ± standard errors."""
     last = {(row["arm"], row["seed"]): row for row in rows}  # a later round's row replaces an earlier one's
     names, seeds = list(rows[0])[3:], sorted({row["seed"] for row in rows})
     for title, reference in {"": "", "minus base": "base", "minus standard RL": "standard RL"}.items():
+        spread = lambda cell: np.std(cell, ddof=len(seeds) > 1) / (len(seeds) ** 0.5 if reference else 1)
         print("\n" + f"{title:18}" + "".join(f"{name:>19}" for name in names))
         for arm in ["base", *ARMS]:
             cells = [[last[arm, n][name] - (last[reference, n][name] if reference else 0) for n in seeds] for name in names]
-            print(f"{arm:18}" + "".join(f"{np.mean(cell):10.3f} ± {np.std(cell, ddof=len(seeds) > 1):6.3f}" for cell in cells))
+            print(f"{arm:18}" + "".join(f"{np.mean(cell):10.3f} ± {spread(cell):6.3f}" for cell in cells))
 
 
 def mean_over_seeds(rows, name, **match):
