@@ -423,6 +423,8 @@ def side_statistics(side, network, preprocess, image_size, workers, device):
     """Mean, covariance and count of one side of a distance, a folder's pictures or a .npz, and a line on where they come from."""
     if preprocess not in PREPROCESSINGS:
         raise BadInput(f"--preprocess {preprocess}: there are {' and '.join(PREPROCESSINGS)}")
+    if image_size < 0:
+        raise BadInput(f"--image-size {image_size}: give the pixels a side, or 0 to take pictures as they are")
     if str(side).endswith(".npz"):
         *found, count = read_statistics(side)
         return *found, count, f"{count} pictures, by statistics made elsewhere: {file_hash(side)}"

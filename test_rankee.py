@@ -350,6 +350,7 @@ def test_metrics_refuse_what_does_not_fit(two_folders, tmp_path, monkeypatch, ca
     assert "its folder is not there" in says("statistics", a, tmp_path / "nowhere" / "a.npz", *weights)
     assert "expected Inception" in says("fid", a, a, "--weights", world.FOLDER / "policy.pt")
     assert "there are clean and pytorch-fid" in says("fid", a, a, *weights, "--preprocess", "none")
+    assert "--image-size -5: give the pixels" in says("fid", a, a, *weights, "--image-size", "-5")
     write_scorer(tmp_path / "scorer.safetensors", True, 64)
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     says_clip = lambda captions: says("clip", a, "--captions", captions, "--weights", tmp_path / "scorer.safetensors")
@@ -1494,6 +1495,7 @@ def test_evaluation_is_what_the_metrics_say_of_its_pictures(public_files, two_fo
     }
     for name, (numbers, _) in expected.items():
         assert float(values[names.index(name)]) == pytest.approx(next(iter(numbers.values())), abs=2e-3)
+    assert printed.count("middle squares at 32 px, Lanczos") == 2  # as FID is published, at 256 px at most
     assert "3 pictures" in printed and "guidance 6.0" in printed and "Lanczos" in printed and printed.count("sha256") == 4
 
     # What is there stays, what lacks comes back as it was; other settings do not mix with it.

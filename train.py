@@ -150,7 +150,7 @@ def parse_settings(arguments):
         raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
     given = vars(given)
     ckpt = named_checkpoint(given.get("evaluate", given.get("ckpt", "")))
-    data = given.get("data", "" if ckpt and not ran_on_scenes(ckpt) else "scenes")
+    data = given["data"] if "data" in given else "scenes" if not ckpt or ran_on_scenes(ckpt) else ""
     preset = SCENES if data == "scenes" else JANUS if is_janus(ckpt) else {}
     if given.get("compare"):
         preset = preset | {"out": "runs/compare", "measure_every": 20}
