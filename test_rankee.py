@@ -1906,6 +1906,8 @@ def test_a_comparison_survives_a_stop_and_adds_up(tmp_path, monkeypatch):
     runs, swaps = [row for row in rows if "arm" in row], [row for row in rows if "decoder" in row]
     assert [(row["arm"], row["seed"], row["round"]) for row in runs] == [("base", 3, 0), *((arm, 3, 1) for arm in train.ARMS)]
     assert len(swaps) == 4 * 5
+    base = [path.parent.name for path in out.glob("seed-3/*/results.json") if json.loads(path.read_text())[0]["round"] == 0]
+    assert base == ["RankE"]  # the same in every arm: measured once
     numbers = lambda row: pytest.approx({name: row[name] for name in ("clip", "frechet", "accuracy", "token_kl")}, rel=1e-3)
     own = {row["arm"]: row for row in runs}
     for row in swaps:

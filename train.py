@@ -88,6 +88,7 @@ class Settings(Method):
     base: Annotated[str, "folder of the embedded world's base, which --pretrain writes; default: scenes/"] = ""
     samples: Annotated[int, "pictures in an evaluation of the embedded world", 2] = 2048
     measure_every: Annotated[int, "rounds between evaluations of the embedded world; 0: the last round alone"] = 0
+    measure_base: Annotated[bool, "evaluate the embedded world's base too, before the first round"] = True
     save_every: Annotated[int, "rounds between checkpoints and pictures; the last round always makes them", 1] = 500
     resume: Annotated[bool, "go on from the newest checkpoint in --out"] = False
     changed: Annotated[bool, "with --resume: go on although the settings are not those of the checkpoint"] = False
@@ -153,7 +154,7 @@ def parse_settings(arguments):
     data = given["data"] if "data" in given else "scenes" if not ckpt or ran_on_scenes(ckpt) else ""
     preset = SCENES if data == "scenes" else JANUS if is_janus(ckpt) else {}
     if given.get("compare"):
-        preset = preset | {"out": "runs/compare", "measure_every": 20}
+        preset = preset | {"out": "runs/compare", "measure_every": 40}
     if "evaluate" in given and "ckpt" in given:
         raise BadInput("--evaluate and --ckpt both name a checkpoint; leave --ckpt out")
     if "evaluate" in given:
@@ -686,15 +687,16 @@ def run(s):
         make_folder(out)
     base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
     prompts = w.features, w.text_mask, w.noise
-    codes, before = paint(policy, [base_vq], s, autocast, prompts)
+    shown = [tensor[:8] for tensor in prompts]
+    codes, before = paint(policy, [base_vq], s, autocast, prompts if s.measure_base else shown)
     rows = [row for row in rows if 0 < row["round"] <= state["round"]]
-    if s.data == "scenes":
+    if s.data == "scenes" and s.measure_base:
         rows.insert(0, {"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)})
 
     def show(done):
         """All of a save that a checkpoint can make again."""
         save_networks(out, p, s)
-        _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, [tensor[:8] for tensor in prompts])
+        _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, shown)
         columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
         save_grid(pictures(done), columns, w.captions[:8])
 
@@ -966,13 +968,14 @@ def compare(s, arguments):
     command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seeds", 1, "--seed", seed, "--base", bases[seed]]
     lacking = [seed for seed in seeds if s.pretrain and not (bases[seed] / "judges.pt").exists()]
     side_by_side([[*command(seed), "--pretrain"] for seed in lacking], 1)  # each has two processes of its own
-    own = lambda seed, arm: ["--resume", "--measure-every", s.measure_every, "--out", folders[seed][arm], *ARMS[arm].split()]
+    measured = lambda arm: ["--measure-every", s.measure_every, "--measure-base" if arm == "RankE" else "--no-measure-base"]
+    own = lambda seed, arm: ["--resume", *measured(arm), "--out", folders[seed][arm], *ARMS[arm].split()]
     side_by_side([command(seed) + own(seed, arm) for seed in seeds for arm in ARMS], os.cpu_count())
 
     rows, swaps = [], []
     for seed in seeds:
         found = {arm: json.loads((folder / "results.json").read_text()) for arm, folder in folders[seed].items()}
-        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm][1:])]
+        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm] if row["round"])]
         swaps += swap(dataclasses.replace(s, seed=seed, base=str(bases[seed])), folders[seed])
     write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows + swaps, indent=1)))
     print_comparison(rows)
