@@ -117,7 +117,7 @@ SCENES = dict(
     rounds=80, captions=8, guidance=2.0, top_k=0, sample_batch=64, micro_batch=64, recompute=False,
     lr_policy=2e-4, warmup=10, reference="initial", score_guided=True, ema_policy=0.9, ema_policy_every=1,
     lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.95,
-    weight_by="zscore", gan_start=0, lambda_d=0.2, lambda_g=0.5, lambda_c=2.0, real_images=32,
+    weight_by="zscore", gan_start=0, lambda_d=0.05, lambda_c=2.0, real_images=32,
 )  # fmt: skip
 
 # The authors' for Janus-Pro-1B, where they differ from those for LlamaGen-XL. Two accumulated batches of 2 captions are our 4.
