@@ -968,6 +968,7 @@ def compare(s, arguments):
     command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seeds", 1, "--seed", seed, "--base", bases[seed]]
     lacking = [seed for seed in seeds if s.pretrain and not (bases[seed] / "judges.pt").exists()]
     side_by_side([[*command(seed), "--pretrain"] for seed in lacking], 1)  # each has two processes of its own
+    # A seed's arms have the same base; one of them measures it.
     measured = lambda arm: ["--measure-every", s.measure_every, "--measure-base" if arm == "RankE" else "--no-measure-base"]
     own = lambda seed, arm: ["--resume", *measured(arm), "--out", folders[seed][arm], *ARMS[arm].split()]
     side_by_side([command(seed) + own(seed, arm) for seed in seeds for arm in ARMS], os.cpu_count())
