@@ -1,32 +1,29 @@
 """The policy π_θ: an autoregressive transformer over VQ codes, its sampling and its log-probabilities.
 
-One transformer serves LlamaGen's text-to-image model (Sun et al. 2024, arXiv 2406.06525), whose entry names it has, and
-Janus-Pro's generation side (Chen et al. 2025, arXiv 2501.17811). What differs is small modules, put together in `llamagen_parts`
-and `janus_parts`: how a caption and a code become embeddings, the rotary embedding, the output. Sizes are read from shapes:
+One transformer serves LlamaGen's text-to-image model (Sun et al. 2024, arXiv 2406.06525), whose entry names
+it has, and Janus-Pro's generation side (Chen et al. 2025, arXiv 2501.17811). They differ in how a caption and
+a token become embeddings, in the output layer and in the rotary embedding. Sizes are read from shapes:
 
-    file                      layers  heads  dim    codes   prefix  parameters
-    scenes/policy.pt               3      6    96     512        8       0.4 M
-    t2i_XL_stage1_256.pt          36     20  1280   16384      120       775 M
-    t2i_XL_stage2_512.pt          36     20  1280   16384      120       775 M
-    Janus-Pro-1B/                 24     16  2048   16384    ≤ 512      1480 M, of them 210 M words
+    file                   n_layer  n_head   dim  vocab_size  cls_token_num  parameters
+    scenes/policy.pt             3       6    96         512              8       0.4 M
+    t2i_XL_stage1_256.pt        36      20  1280       16384            120       775 M
+    t2i_XL_stage2_512.pt        36      20  1280       16384            120       775 M
+    Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1480 M, of them 210 M words
 
 Easy to get wrong:
-- LlamaGen's prefix (the caption) is not rotated by zero, it is *multiplied* by zero: its rotary table is all zeros there,
-  so q and k of text positions vanish and text attends evenly to the text before it.
-- Captions are left-padded, and a padded position is no key for anyone but itself. One mask, `attention_mask`, serves sampling
-  and scoring; with two, the log-probabilities are those of another model.
-- Janus rotates a head's first half against its second, LlamaGen neighbours: rows of q and k change places at load and at save.
+- LlamaGen's prefix (the caption) is not rotated by zero, it is *multiplied* by zero: its rotary table is all
+  zeros there, so q and k of text positions vanish and text attends evenly to the text before it.
+- Captions are left-padded, and a padded position is no key for anyone but itself. One mask, `attention_mask`,
+  serves sampling and scoring; with two, the log-probabilities are those of another model.
+- Janus rotates a head's first half against its second, LlamaGen neighbours: rows of q and k change places at
+  load and save.
 
-Axes: B captions, G rollouts a caption, R = B·G rows, T prefix positions, N image tokens, V codes, C features of the text encoder.
+Axes: B captions, G rollouts a caption, R = B·G rows, T text positions, N image tokens, V codes, C text
+features.
 """
 
-import argparse
-import copy
 import html
-import platform
 import re
-import sys
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,83 +34,64 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vq import build, count_layers, expect, reading
+
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes of a policy. `grid`² = N tokens form an image, row by row."""
+class GPTConfig:
+    """Sizes of a policy. `grid_size`² = N tokens form an image, row by row."""
 
-    dim: int = 96
-    layers: int = 3
-    head_size: int = 32
-    hidden: int = 256  # of the feed-forward
-    codes: int = 512  # V
-    prefix: int = 8  # T
-    caption_dim: int = 64  # C
-    grid: int = 8
+    dim: int = 1280
+    n_layer: int = 36
+    head_dim: int = 64
+    ffn_dim: int = 3584
+    vocab_size: int = 16384  # V
+    cls_token_num: int = 120  # the longest caption
+    caption_dim: int = 2048  # C
+    grid_size: int = 16
     norm_eps: float = 1e-5
-    words: int = 0  # Janus' vocabulary; 0 is LlamaGen's layout
-    pad: int = 0  # Janus' word that stands for "no caption"
+    text_vocab_size: int = 0  # Janus' words; 0 is LlamaGen's layout
+    pad_id: int = 0  # Janus' word that stands for "no caption"
 
 
-# ---- modules -----------------------------------------------------------------------------------------------------------
+# ---- modules ---------------------------------------------------------------------------------------------------------
 
 
-def run(function, *inputs, recompute):
-    """function(*inputs); with `recompute` the backward pass computes it again instead of remembering what happened inside.
+def rope_1d(positions, head_dim, base=10000.0):
+    """Llama's rotary table: positions (…) to cosines and sines (…, head_dim / 2, 2)."""
+    half = head_dim // 2
+    freqs = base ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None] * freqs
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
-    An argument decides it, and not train() or eval(), which would have to be right at every call.
+
+def rope_2d(grid_size, head_dim, device):
+    """LlamaGen's (N, head_dim / 2, 2): the first half of a head's pairs turns with the row, the second with
+    the column.
     """
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
+    n = torch.arange(grid_size**2, device=device)
+    return torch.cat([rope_1d(n // grid_size, head_dim // 2), rope_1d(n % grid_size, head_dim // 2)], -2)
 
 
-class GridRotary(nn.Module):
-    """LlamaGen's 2-D rotary embedding: the first half of a head's pairs turns with the row, the second with the column."""
-
-    def __init__(self, config, base=10000.0):
-        super().__init__()
-        quarter = config.head_size // 4
-        turns = torch.arange(config.grid)[:, None] * base ** (-torch.arange(quarter) / quarter)  # (grid, quarter)
-        angles = torch.cat([turns.repeat_interleave(config.grid, 0), turns.repeat(config.grid, 1)], -1)  # (N, head_size / 2)
-        self.register_buffer("table", torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
-
-    def forward(self, text_mask, tokens):
-        """Cosines and sines (R, T + tokens, head_size / 2, 2) for text_mask (R, T); zero over the prefix (see above)."""
-        return F.pad(self.table[:tokens], (0, 0, 0, 0, text_mask.shape[1], 0)).expand(len(text_mask), -1, -1, -1)
-
-
-class LineRotary(nn.Module):
-    """Llama's 1-D rotary embedding; a row's positions are counted from its first real word."""
-
-    def __init__(self, config, base=10000.0):
-        super().__init__()
-        half = config.head_size // 2
-        self.register_buffer("frequencies", base ** (-torch.arange(half) / half), persistent=False)
-
-    def forward(self, text_mask, tokens):
-        """Cosines and sines (R, T + tokens, head_size / 2, 2) for text_mask (R, T); those of padding are never looked at."""
-        positions = F.pad(text_mask, (0, tokens), value=True).cumsum(1) - 1  # (R, T + tokens)
-        angles = positions[..., None] * self.frequencies  # (R, T + tokens, head_size / 2)
-        return torch.stack([angles.cos(), angles.sin()], -1)
-
-
-def rotate(x, table):
-    """Turns neighbouring pairs of `x` (…, R, heads, L, head_size) by `table` (R, L, head_size / 2, 2)."""
+def apply_rotary_emb(x, freqs_cis):
+    """Turns neighbouring pairs of `x` (…, R, heads, L, head_dim) by `freqs_cis` (R, L, head_dim / 2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.unsqueeze(1).unbind(-1)
+    cos, sin = freqs_cis.unsqueeze(1).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
 
 class Linear(nn.Linear):
     """nn.Linear, twice as fast on a CPU for the few rows of a decoding step.
 
-    There its time is that of reading the matrix. MKL reads at the memory's rate for one row and at half of it for two, which
-    guidance needs; with the matrix as left factor it reads at the full rate.
+    There its time is that of reading the matrix. MKL reads at the memory's rate for one row and at half of it
+    for two, which guidance needs; with the matrix as left factor it reads at the full rate.
     """
 
     def forward(self, x):
         if x.device.type != "cpu" or not 2 <= x.shape[:-1].numel() <= 64:
             return super().forward(x)
-        # Contiguous, or the next layer's right factor would be stored the other way round, and that is the slow way again.
+        # Contiguous, or the next layer's right factor would be stored the other way round: the slow way
+        # again.
         y = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.type_as(y)
 
@@ -121,16 +99,16 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_size = config.head_size
+        self.head_dim = config.head_dim
         self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x, table, mask, cache, at):
-        qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_size)
-        (q, k), v = rotate(qkv[:2], table), qkv[2]
-        if cache is not None:
-            cache.index_copy_(3, at, torch.stack([k, v]))
-            k, v = cache[:, :, :, : mask.shape[-1]]  # only what the mask speaks of is attended to
+    def forward(self, x, freqs_cis, mask, kv_cache, input_pos):
+        qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_dim)
+        (q, k), v = apply_rotary_emb(qkv[:2], freqs_cis), qkv[2]
+        if kv_cache is not None:
+            kv_cache.index_copy_(3, input_pos, torch.stack([k, v]))
+            k, v = kv_cache[:, :, :, : mask.shape[-1]]  # only what the mask speaks of is attended to
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(y.transpose(1, 2).flatten(2))
 
@@ -138,15 +116,15 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden, bias=False)
-        self.w3 = Linear(config.dim, config.hidden, bias=False)
-        self.w2 = Linear(config.hidden, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -154,105 +132,296 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, table, mask, cache, at):
-        x = x + self.attention(self.attention_norm(x), table, mask, cache, at)
+    def forward(self, x, freqs_cis, mask, kv_cache, input_pos):
+        x = x + self.attention(self.attention_norm(x), freqs_cis, mask, kv_cache, input_pos)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class CaptionEmbedding(nn.Module):
-    """LlamaGen's: text features to prefix embeddings; holds the features that stand for "no caption" in guidance."""
+class CaptionEmbedder(nn.Module):
+    """LlamaGen's: text features to prefix embeddings; holds the features that stand for "no caption" in
+    guidance.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.uncond_embedding = nn.Parameter(torch.randn(config.prefix, config.caption_dim) / config.caption_dim**0.5)
-        inside, outside = (Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
-        self.cap_proj = nn.Sequential(OrderedDict(fc1=inside, gelu=nn.GELU("tanh"), fc2=outside))
+        self.uncond_embedding = nn.Parameter(torch.zeros(config.cls_token_num, config.caption_dim))
+        fc1, fc2 = (Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
+        self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
-    def forward(self, features, text_mask, guided):
-        """(B, T, C) to (B, T, dim); with `guided` (2B, T, dim), the unconditional half last."""
-        if guided:
-            features = torch.cat([features, self.uncond_embedding[-features.shape[1] :].expand_as(features)])
-        return self.cap_proj(features)
+    def forward(self, cond, cond_mask, use_cfg):
+        """(B, T, C) to (B, T, dim); with `use_cfg` (2B, T, dim), the unconditional half last."""
+        if use_cfg:
+            cond = torch.cat([cond, self.uncond_embedding[-cond.shape[1] :].expand_as(cond)])
+        return self.cap_proj(cond)
 
 
-class PromptEmbedding(nn.Module):
-    """Janus': words of a prompt (B, T) to prefix embeddings. "No caption" keeps a prompt's first and last word and has pad words
-    between them, which are attended to."""
+class PromptEmbedder(nn.Module):
+    """Janus': a prompt's words to prefix embeddings. "No caption" keeps the first and last word and has pad
+    words between.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.pad = config.pad
+        self.pad_id = config.pad_id
         # Never trained: most words get no gradient in a run, and weight decay would shrink them all the same.
-        self.embed_tokens = nn.Embedding(config.words, config.dim).requires_grad_(False)
+        self.embed_tokens = nn.Embedding(config.text_vocab_size, config.dim).requires_grad_(False)
 
-    def forward(self, words, text_mask, guided):
-        """(B, T) to (B, T, dim); with `guided` (2B, T, dim), the unconditional half last."""
-        if guided:
-            ends = text_mask & ~F.pad(text_mask[:, :-1], (1, 0))  # the first real word
-            ends[:, -1] = True
-            words = torch.cat([words, words.where(ends, self.pad)])
-        return self.embed_tokens(words)
-
-
-def llamagen_parts(c):
-    """Prefix embedding, code embedding, output, rotary embedding, under LlamaGen's entry names."""
-    return CaptionEmbedding(c), nn.Embedding(c.codes, c.dim), Linear(c.dim, c.codes, bias=False), GridRotary(c)
-
-
-def janus_parts(c, code_size=8):
-    """The same of Janus, under its entry names."""
-    aligner = nn.Sequential(Linear(code_size, c.dim), nn.GELU(), Linear(c.dim, c.dim))
-    gen_aligner = nn.Sequential(OrderedDict(layers=aligner))
-    codes = nn.Sequential(OrderedDict(gen_embed=nn.Embedding(c.codes, code_size), gen_aligner=gen_aligner))
-    head = {"output_mlp_projector": Linear(c.dim, c.dim), "gelu": nn.GELU(), "vision_head": Linear(c.dim, c.codes)}
-    return PromptEmbedding(c), codes, nn.Sequential(OrderedDict(gen_head=nn.Sequential(OrderedDict(head)))), LineRotary(c)
+    def forward(self, input_ids, cond_mask, use_cfg):
+        """(B, T) to (B, T, dim); with `use_cfg` (2B, T, dim), the unconditional half last. Its pad words are
+        attended to.
+        """
+        if use_cfg:
+            keep = cond_mask & ~F.pad(cond_mask[:, :-1], (1, 0))  # the first real word
+            keep[:, -1] = True
+            input_ids = torch.cat([input_ids, input_ids.where(keep, self.pad_id)])
+        return self.embed_tokens(input_ids)
 
 
 class Policy(nn.Module):
-    """The transformer. Attribute names are LlamaGen's entry names."""
+    """The transformer. Attribute names are LlamaGen's entry names; what Janus has instead bears Janus' names
+    inside.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        parts = janus_parts(config) if config.words else llamagen_parts(config)
-        self.cls_embedding, self.tok_embeddings, self.output, self.rotary = parts
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        dim, vocab_size = config.dim, config.vocab_size
+        if config.text_vocab_size:
+            self.cls_embedding = PromptEmbedder(config)
+            aligner = nn.Sequential(OrderedDict(layers=nn.Sequential(Linear(8, dim), nn.GELU(), Linear(dim, dim))))
+            gen_embed, vision_head = nn.Embedding(vocab_size, 8), Linear(dim, vocab_size)
+            head = OrderedDict(output_mlp_projector=Linear(dim, dim), gelu=nn.GELU(), vision_head=vision_head)
+            self.tok_embeddings = nn.Sequential(OrderedDict(gen_embed=gen_embed, gen_aligner=aligner))
+            self.output = nn.Sequential(OrderedDict(gen_head=nn.Sequential(head)))
+        else:
+            self.cls_embedding = CaptionEmbedder(config)
+            self.tok_embeddings = nn.Embedding(vocab_size, dim)
+            self.output = Linear(dim, vocab_size, bias=False)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(dim, config.norm_eps)
 
-    def initialize(self, generator):
-        """LlamaGen's start of training: every matrix N(0, 0.02), "no caption" as large as a caption, the output zero."""
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.02, generator=generator)
-        nn.init.normal_(self.cls_embedding.uncond_embedding, std=self.config.caption_dim**-0.5, generator=generator)
-        nn.init.zeros_(self.output.weight)
-        return self
+    def freqs_cis(self, cond_mask, n):
+        """Cosines and sines (R, T + n, head_dim / 2, 2) for a prefix with cond_mask (R, T) and n image
+        tokens.
+        """
+        if self.config.text_vocab_size:  # positions are counted from a row's first real word
+            return rope_1d(F.pad(cond_mask, (0, n), value=True).cumsum(1) - 1, self.config.head_dim)
+        table = rope_2d(self.config.grid_size, self.config.head_dim, cond_mask.device)[:n]
+        table = F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0))  # zero over the prefix
+        return table.expand(len(cond_mask), -1, -1, -1)
 
-    def forward(self, x, table, mask, cache=None, at=None, recompute=False):
+    def transformer(self, x, freqs_cis, mask, kv_cache=None, input_pos=None, checkpointing=False):
         """Embeddings (R, L, dim) to last hidden states of the same shape.
 
-        `table` (R, L, head_size / 2, 2) is of `rotary`. `mask` (R, 1, L, keys) is true where a position may look; None is causal.
-        `cache`, from `new_cache`, is written at positions `at` (L,) and read up to the mask's keys. With `recompute` only the
-        layers' inputs are kept for the backward pass (gradient checkpointing).
+        `mask` (R, 1, L, keys) is true where a position may look; None is causal. `kv_cache`, from
+        `new_kv_cache`, is written at `input_pos` (L,) and read up to the mask's keys.
         """
         x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add up in the same precision
         for i, layer in enumerate(self.layers):
-            x = run(layer, x, table, mask, None if cache is None else cache[i], at, recompute=recompute)
+            layer_cache = None if kv_cache is None else kv_cache[i]
+            x = maybe_checkpoint(layer, x, freqs_cis, mask, layer_cache, input_pos, enabled=checkpointing)
         return self.norm(x)
 
-    def new_cache(self, rows, positions):
-        """Room for the keys and values of `rows` sequences: (layers, 2, rows, heads, positions, head_size)."""
-        c, weight = self.config, self.norm.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        # Zeros: a recorded step looks past what is filled, and a masked key of leftover NaN would still be NaN.
-        return torch.zeros((c.layers, 2, rows, c.dim // c.head_size, positions, c.head_size), device=weight.device, dtype=dtype)
+    def hidden_states(self, cond, cond_mask, tokens, use_cfg=False, checkpointing=False):
+        """What predicts each token after a caption: (R, n + 1, dim) for cond (R, T, C), cond_mask (R, T),
+        tokens (R, n).
+
+        The last prefix position predicts the first token. With `use_cfg` (2R, n + 1, dim), the unconditional
+        half last.
+        """
+        T, n = cond.shape[1], tokens.shape[1]
+        prefix, embeddings = self.cls_embedding(cond, cond_mask, use_cfg), self.tok_embeddings(tokens)
+        if use_cfg:
+            embeddings, cond_mask = embeddings.repeat(2, 1, 1), cond_mask.repeat(2, 1)
+        # Where no row is padded the mask is merely causal, and a kernel that knows that needs none.
+        mask = None if cond_mask.all() else attention_mask(cond_mask, n)
+        x = torch.cat([prefix, embeddings], 1)
+        h = self.transformer(x, self.freqs_cis(cond_mask, n), mask, checkpointing=checkpointing)
+        return h[:, T - 1 :]
+
+    def forward(self, cond, cond_mask, tokens, use_cfg=False):
+        """Caption and tokens (R, n) to the logits (R, n + 1, V) of the token that follows each; see
+        `hidden_states`.
+        """
+        return self.output(self.hidden_states(cond, cond_mask, tokens, use_cfg))
+
+    def new_kv_cache(self, rows, positions):
+        """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
+        config, weight = self.config, self.norm.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
+        # Zeros: a recorded step looks past what is filled, and a masked key of leftover NaN would still be
+        # NaN.
+        return torch.zeros(shape, device=weight.device, dtype=dtype)
 
 
-# ---- text and masks ----------------------------------------------------------------------------------------------------
+def maybe_checkpoint(function, *inputs, enabled):
+    """function(*inputs); if `enabled` the backward pass computes it again instead of remembering what
+    happened inside.
 
-# LlamaGen's captions were cleaned before flan-t5 read them, by rules made for captions off the web. These are the ones that change
-# an ordinary caption, in their order; those for addresses, file names, product codes and markup are left out.
+    An argument decides it, and not train() or eval(), which would have to be right at every call.
+    """
+    if enabled:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+def attention_mask(cond_mask, n):
+    """(R, 1, T + n, T + n), true where a position (row) may look at a key (column); cond_mask (R, T), n image
+    tokens.
+
+    Causal over text and image; padding is no key, but every position sees itself, or a padded row would have
+    no key at all.
+    """
+    keys = F.pad(cond_mask, (0, n), value=True)  # (R, T + n)
+    causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).tril()
+    itself = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
+    return (causal & keys[:, None, :] | itself)[:, None]
+
+
+# ---- sampling and scoring --------------------------------------------------------------------------------------------
+
+
+def logits_to_logprobs(logits, cfg_scale=1.0, temperature=1.0, top_k=0):
+    """Log-probabilities (R, …, V) of the next token, float32; with cfg_scale ≠ 1 from logits of 2R rows.
+
+    Classifier-free guidance: u + s (c − u), c the first half of the rows and u the second. `top_k` = 0 keeps
+    all codes, 1 is greedy decoding.
+    """
+    logits = logits.float()
+    if cfg_scale != 1:
+        cond, uncond = logits.chunk(2)
+        logits = uncond + cfg_scale * (cond - uncond)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def sample_token(logprobs, u):
+    """Tokens (R,) from log-probabilities (R, V) by inverting the distribution function at `u` (R,), uniform
+    in [0, 1).
+
+    One number a token, where the Gumbel trick needs V: small enough to be an argument, so two policies can be
+    compared on the same draw and a row's randomness does not depend on its neighbours.
+    """
+    # In float64: a GPU's parallel sum wobbles, and in float32 a code of probability 0 is drawn a few times in
+    # a million.
+    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return token.clamp_max(logprobs.shape[-1] - 1)  # rounding may leave the last sum a hair below u
+
+
+@torch.no_grad()
+def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0):
+    """Draws G image token sequences for each of B captions.
+
+    cond (B, T, C), or input_ids (B, T), and cond_mask (B, T) from a text encoder; u (B, G, N) uniform in [0,
+    1). Returns tokens (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
+    """
+    B, G, N = u.shape
+    T, use_cfg, u = cond.shape[1], cfg_scale != 1, u.flatten(0, 1)
+    x = policy.cls_embedding(cond, cond_mask, use_cfg)  # (B or 2B, T, dim)
+    cond_mask = cond_mask.repeat(2, 1) if use_cfg else cond_mask
+    freqs_cis, mask = policy.freqs_cis(cond_mask, N - 1), attention_mask(cond_mask, N - 1)
+
+    # The caption is read once, and its keys and values are shared by its G rollouts.
+    prefix_cache = policy.new_kv_cache(len(x), T)
+    h = policy.transformer(x, freqs_cis[:, :T], mask[..., :T, :T], prefix_cache, torch.arange(T, device=u.device))
+    kv_cache = policy.new_kv_cache(len(x) * G, T + N - 1)
+    kv_cache[..., :T, :].unflatten(2, (-1, G)).copy_(prefix_cache.unsqueeze(3))
+    h, freqs_cis, mask = (x.repeat_interleave(G, 0) for x in (h[:, -1:], freqs_cis, mask))  # R or 2R rows
+
+    tokens = torch.empty(B * G, N, dtype=torch.long, device=u.device)
+    logprobs = torch.empty(B * G, N, device=u.device)
+    n = torch.zeros(1, dtype=torch.long, device=u.device)  # on the device: a recorded step must read it where it lies
+
+    def sample_next():
+        """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
+        dist = logits_to_logprobs(policy.output(h[:, 0]), cfg_scale, temperature, top_k)  # (R, V)
+        token = sample_token(dist, u.index_select(1, n)[:, 0])[:, None]
+        tokens.index_copy_(1, n, token)
+        logprobs.index_copy_(1, n, dist.gather(1, token))
+        return token
+
+    def decode_one_token(kv_len):
+        """Draws token n and reads it, looking at the first `kv_len` positions; nothing here waits for the
+        device.
+        """
+        x, input_pos = policy.tok_embeddings(sample_next()), T + n
+        x = torch.cat([x, x]) if use_cfg else x  # (R or 2R, 1, dim)
+        row_mask = mask.index_select(2, input_pos)[..., :kv_len]
+        h.copy_(policy.transformer(x, freqs_cis.index_select(1, input_pos), row_mask, kv_cache, input_pos))
+        n.add_(1)
+
+    decode_n_tokens(decode_one_token, T, N - 1, use_cuda_graph=u.is_cuda)
+    sample_next()
+    return tokens.view(B, G, N), logprobs.view(B, G, N)
+
+
+def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128):
+    """Calls decode_one_token(kv_len) for each of n tokens.
+
+    On a GPU a step is a thousand small kernels, and starting them takes longer than they do: it is recorded
+    as a CUDA graph and replayed. A graph's shapes are fixed, so it looks at all positions of its `bucket` of
+    tokens; each has its own.
+    """
+    for i in range(n):
+        end = prefix_len + min(n, i - i % bucket + bucket)
+        if not use_cuda_graph:
+            decode_one_token(prefix_len + i + 1)
+        elif i % bucket == 0:  # this call loads kernels, makes workspaces and autocast's casts: a recording cannot
+            decode_one_token(end)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may go on meanwhile
+                decode_one_token(end)
+        else:
+            graph.replay()
+
+
+def token_logprobs(policy, cond, cond_mask, tokens, cfg_scale=1.0, temperature=1.0, checkpointing=False, chunk=64):
+    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass; cond (R, T, C) or (R, T),
+    cond_mask (R, T).
+
+    The default scores the unguided policy, as the paper does although it samples with guidance; with the
+    sampler's scale and temperature it scores what was sampled, but for top-k: a code outside the reference's
+    top k would have an infinite KL. Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a
+    row at N = 1024, and softmax takes several.
+    """
+    h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], cfg_scale != 1, checkpointing)
+
+    def score(h, tokens):
+        dist = logits_to_logprobs(policy.output(h), cfg_scale, temperature)
+        return dist.gather(2, tokens[..., None])[..., 0]
+
+    chunks = zip(h.split(chunk, 1), tokens.split(chunk, 1))
+    return torch.cat([maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks], 1)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+# A text encoder is a callable: B captions → cond (B, T, C) or input_ids (B, T), and cond_mask (B, T), true
+# where text is; both left-padded to the longest of the captions and on the policy's device.
+
+
+def left_pad(rows, length):
+    """Stacks captions' features (n, C) or words (n,), n ≤ `length` = T, into (B, T, …) and a mask (B, T),
+    true where text is.
+
+    LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
+    """
+    for row in rows:
+        if not 0 < len(row) <= length:
+            raise ValueError(f"a caption has {len(row)} text features; the policy takes 1 to {length}")
+    padded = torch.stack([torch.cat([row.new_zeros(length - len(row), *row.shape[1:]), row]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(length, device=padded.device) >= length - lengths[:, None]
+
+
+# LlamaGen's captions were cleaned before flan-t5 read them, by rules made for captions off the web. These are
+# the ones that change an ordinary caption, in their order; those for addresses, file names, product codes and
+# markup are left out.
 CLEANING = [
     ('["`´«»“”¨]', '"'),
     ("[‘’]", "'"),
@@ -281,247 +450,92 @@ def clean_caption(text):
     return text
 
 
-@torch.no_grad()
-def t5_features(folder, captions, prefix, device, autocast, batch=32):
-    """Yields for each caption its features (n, C), float32, on the CPU, from the T5 encoder in `folder`; n ≤ `prefix` tokens.
+class T5Encoder:
+    """LlamaGen's text encoder, flan-t5-xl, from its folder; in bf16 on a GPU, 2.4 GB. Needs the package
+    transformers.
 
-    Needs the package transformers; the encoder is gone from memory when the generator ends.
-    """
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    for start in range(0, len(captions), batch):
-        texts = [clean_caption(text) for text in captions[start : start + batch]]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=prefix, return_tensors="pt").to(device)
-        with autocast:
-            features = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        for rows, length in zip(features, tokens.attention_mask.sum(1)):
-            yield rows[:length].float().cpu()
-
-
-class JanusPrompts:
-    """A caption to the words (n,) of Janus' prompt, by the tokenizer in its folder; the pair's name, if it has one, says nothing here.
-    Needs the package transformers.
-
-    Raises KeyError where the tokenizer lacks one of the words that the prompt or guidance needs.
+    `dim` is C, `max_length` the largest T. Raises InputError for a folder that is not whole, or another
+    encoder's.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, dim, max_length, device, encoder_device):
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        self.max_length, self.device = max_length, device
+        dtype = torch.bfloat16 if torch.device(encoder_device).type == "cuda" else torch.float32
+        with reading(folder, "the folder of flan-t5-xl, whole"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+            options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+            self.encoder, info = T5EncoderModel.from_pretrained(folder, **options)
+        self.encoder.to(encoder_device).eval().requires_grad_(False)
+        # Where its files lack, transformers makes an empty tokenizer that reads every word as <unk>, and says
+        # nothing.
+        expect(not info["missing_keys"], f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}")
+        known = self.tokenizer.unk_token_id not in self.tokenizer("a photo of two red dogs").input_ids
+        expect(known, f"{folder}: its tokenizer does not know ordinary words; expected flan-t5-xl's, whole")
+        width = self.encoder.config.d_model
+        expect(width == dim, f"{folder}: has features {width} wide; the policy takes {dim}")
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        inputs = self.tokenizer([clean_caption(text) for text in captions], **options).to(self.encoder.device)
+        cond = self.encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
+        return cond.float().to(self.device), inputs.attention_mask.bool().to(self.device)
+
+
+class JanusTokenizer:
+    """Janus' prompts as words, by the tokenizer.json in its folder. Needs the package transformers."""
+
+    MAX_LENGTH = 512  # words; Janus itself would take 16,384
+
+    def __init__(self, folder, device):
         from transformers import PreTrainedTokenizerFast
 
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
-        known = self.tokenizer.get_vocab()
-        self.begin, self.pad, self.image = (
-            known[word] for word in ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
-        )
+        self.device = device
+        with reading(f"{folder}/tokenizer.json", "Janus-Pro's tokenizer"):
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
+            known = self.tokenizer.get_vocab()
+            words = ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
+            self.bos_id, self.pad_id, self.image_id = (known[word] for word in words)
 
-    def __call__(self, caption, name=None):
-        words = lambda text: self.tokenizer.encode(text, add_special_tokens=False)
-        end = [*words("\n\n<|Assistant|>:"), self.image]
-        prompt = words(f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>")
-        if len(prompt) >= LONGEST_PROMPT:  # a caption's tail is cut, not what follows it
-            prompt = [*prompt[: LONGEST_PROMPT - 1 - len(end)], *end]
-        return torch.tensor([self.begin, *prompt])
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def __call__(self, captions):
+        rows = []
+        for caption in captions:
+            end = [*self.encode("\n\n<|Assistant|>:"), self.image_id]
+            prompt = self.encode(f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>")
+            if len(prompt) >= self.MAX_LENGTH:  # a caption's tail is cut, not what follows it
+                prompt = [*prompt[: self.MAX_LENGTH - 1 - len(end)], *end]
+            rows.append(torch.tensor([self.bos_id, *prompt]))
+        input_ids, cond_mask = left_pad(rows, max(map(len, rows)))
+        return input_ids.to(self.device), cond_mask.to(self.device)
 
 
-LONGEST_PROMPT = 512  # words; Janus itself would take 16,384
+# ---- public checkpoints ----------------------------------------------------------------------------------------------
 
 
-def left_pad(features, prefix):
-    """Stacks captions' features, each (n, C) or words (n,), n ≤ `prefix` = T, into (B, T, …) and a mask (B, T), true where text is.
+def load_llamagen(state_dict, grid_size, head_dim=None):
+    """A policy from LlamaGen's state dict; sizes from the shapes, `grid_size` from the image size, `head_dim`
+    from the width.
 
-    LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
+    Raises KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus or
+    misshapen ones.
     """
-    for rows in features:
-        if not 0 < len(rows) <= prefix:
-            raise ValueError(f"a caption has {len(rows)} text features; the policy takes 1 to {prefix}")
-    padded = torch.stack([torch.cat([rows.new_zeros(prefix - len(rows), *rows.shape[1:]), rows]) for rows in features])
-    lengths = torch.tensor([len(rows) for rows in features])
-    return padded, torch.arange(prefix) >= prefix - lengths[:, None]
+    state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # older files keep the rotary table
+    vocab_size, dim = state_dict["tok_embeddings.weight"].shape
+    cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
+    n_layer, ffn_dim = count_layers(state_dict, "layers."), len(state_dict["layers.0.feed_forward.w1.weight"])
+    head_dim = head_dim or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
+    expect(dim % head_dim == head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
+    config = GPTConfig(dim, n_layer, head_dim, ffn_dim, vocab_size, cls_token_num, caption_dim, grid_size)
+    return build(lambda: Policy(config), state_dict)
 
 
-def without_padding(features, text_mask):
-    """Both without the positions that are padding in every row: no row looks at them, so nothing but time depends on them."""
-    longest = text_mask.sum(1).amax()
-    return features[:, -longest:], text_mask[:, -longest:]
-
-
-def attention_mask(text_mask, tokens):
-    """(R, 1, T + tokens, T + tokens), true where a position (row) may look at a key (column).
-
-    Causal over text and image; padding is no key, but every position sees itself, or a padded row would have no key at all.
-    """
-    keys = F.pad(text_mask, (0, tokens), value=True)  # (R, T + tokens)
-    length = keys.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=keys.device)
-    return (causal & keys[:, None, :] | itself)[:, None]
-
-
-# ---- sampling and scoring ----------------------------------------------------------------------------------------------
-
-
-def log_distribution(logits, guidance=1.0, temperature=1.0, top_k=0):
-    """Log-probabilities of the next code, float32, from logits (…, V); with guidance ≠ 1 the first axis holds 2R rows.
-
-    Classifier-free guidance: u + s (c − u), c the first half of the rows and u the second. `top_k` = 0 keeps all codes;
-    `top_k` = 1 is greedy decoding.
-    """
-    logits = logits.float()
-    if guidance != 1:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + guidance * (conditional - unconditional)
-    logits = logits / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return logits.log_softmax(-1)
-
-
-def draw_code(log_probs, noise):
-    """Codes (R,) from log-probabilities (R, V) by inverting the distribution function at `noise` (R,), uniform in [0, 1).
-
-    One number a token, where the Gumbel trick needs V: noise is small enough to be an argument, so that two policies can
-    be compared on the same draw and a row's randomness does not depend on its neighbours.
-    """
-    # In float64: a GPU's parallel sum wobbles, and in float32 a code of probability 0 is drawn a few times in a million.
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
-    code = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
-    return code.squeeze(1).clamp_max(log_probs.shape[-1] - 1)  # rounding may leave the last sum a hair below the noise
-
-
-@torch.no_grad()
-def sample(policy, features, text_mask, noise, guidance=1.0, temperature=1.0, top_k=0):
-    """Draws G image token sequences for each of B captions.
-
-    features (B, T, C), or words (B, T), and text_mask (B, T) from `left_pad`; noise (B, G, N) uniform in [0, 1).
-    Returns codes (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
-    """
-    B, G, N = noise.shape
-    policy = in_autocasts_precision(policy)
-    features, text_mask = without_padding(features, text_mask)
-    T, guided = features.shape[1], guidance != 1
-    noise = noise.flatten(0, 1)
-    x = policy.cls_embedding(features, text_mask, guided)
-    text_mask = text_mask.repeat(2, 1) if guided else text_mask
-    table, mask = policy.rotary(text_mask, N - 1), attention_mask(text_mask, N - 1)
-
-    # The caption is read once and its keys and values are shared by its G rollouts.
-    prefix = policy.new_cache(len(text_mask), T)
-    hidden = policy(x, table[:, :T], mask[:, :, :T, :T], prefix, torch.arange(T, device=noise.device))
-    cache = policy.new_cache(len(text_mask) * G, T + N - 1)
-    cache[:, :, :, :, :T].unflatten(2, (-1, G)).copy_(prefix.unsqueeze(3))
-    hidden, table, mask = (tensor.repeat_interleave(G, 0) for tensor in (hidden[:, -1:], table, mask))  # R or 2R rows
-
-    codes = torch.empty(B * G, N, dtype=torch.long, device=noise.device)
-    chosen = torch.empty(B * G, N, device=noise.device)
-    n = torch.zeros(1, dtype=torch.long, device=noise.device)  # the token's place; a recorded step must read it where it lies
-
-    def draw():
-        log_probs = log_distribution(policy.output(hidden[:, 0]), guidance, temperature, top_k)  # (R, V)
-        code = draw_code(log_probs, noise.index_select(1, n)[:, 0])[:, None]  # (R, 1)
-        codes.index_copy_(1, n, code)
-        chosen.index_copy_(1, n, log_probs.gather(1, code))
-        return code
-
-    def step(seen):
-        """Draws a token from `hidden` and reads it, looking at the first `seen` positions; nothing here waits for the device."""
-        x, at = policy.tok_embeddings(draw()), T + n
-        x = torch.cat([x, x]) if guided else x  # (R or 2R, 1, dim)
-        hidden.copy_(policy(x, table.index_select(1, at), mask.index_select(2, at)[..., :seen], cache, at))
-        n.add_(1)
-
-    repeat(step, T, N - 1, noise.is_cuda)
-    draw()
-    return codes.view(B, G, N), chosen.view(B, G, N)
-
-
-def repeat(step, prefix, tokens, record, stretch=128):
-    """Calls step(seen) for each of `tokens` tokens. With `record`, on a GPU, where a step is a thousand small kernels and starting
-    them takes longer than they do, the step is recorded as a CUDA graph and replayed.
-
-    A graph's shapes are fixed, so it looks at all positions of its `stretch` of tokens; each stretch has a graph of its own.
-    """
-    for first in range(0, tokens, stretch):
-        last = min(first + stretch, tokens)
-        if not record:
-            for n in range(first, last):
-                step(prefix + n + 1)
-            continue
-        step(prefix + last)  # loads kernels and makes workspaces, which a recording cannot
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, a loader's say, may go on meanwhile
-            step(prefix + last)
-        for _ in range(first + 1, last):
-            graph.replay()
-
-
-def in_autocasts_precision(policy):
-    """`policy` with its matrices in the precision that autocast would cast them to at every token; as it is, where autocast is off."""
-    kind = policy.norm.weight.device.type
-    if not torch.is_autocast_enabled(kind):
-        return policy
-    dtype = torch.get_autocast_dtype(kind)
-    cast = [weight for module in policy.modules() if isinstance(module, nn.Linear) for weight in module.parameters()]
-    known = {id(weight): weight for weight in policy.parameters()}  # what deepcopy takes for copied: the rest is shared
-    known |= {id(weight): nn.Parameter(weight.to(dtype), requires_grad=False) for weight in cast}
-    return copy.deepcopy(policy, known)
-
-
-def token_log_probs(policy, features, text_mask, codes, guidance=1.0, temperature=1.0, recompute=False, chunk=64):
-    """Log-probabilities (R, N) of given codes (R, N) in one teacher-forced pass; features (R, T, C) or words (R, T), text_mask (R, T).
-
-    The default scores the unguided policy, as the paper does although it samples with guidance; with the sampler's guidance and
-    temperature it scores what was sampled, but for top-k: a code outside the reference's top k would have an infinite KL.
-    Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a row at N = 1024, and softmax takes several.
-    """
-    features, text_mask = without_padding(features, text_mask)
-    T, N, guided = features.shape[1], codes.shape[1], guidance != 1
-    x, inputs = policy.cls_embedding(features, text_mask, guided), policy.tok_embeddings(codes[:, :-1])
-    if guided:
-        inputs, text_mask = inputs.repeat(2, 1, 1), text_mask.repeat(2, 1)
-    # Where no row is padded the mask is merely causal, and a kernel that knows that needs none.
-    mask = None if text_mask.all() else attention_mask(text_mask, N - 1)
-    hidden = policy(torch.cat([x, inputs], 1), policy.rotary(text_mask, N - 1), mask, recompute=recompute)
-    hidden = hidden[:, T - 1 :]  # (R or 2R, N, dim); the last prefix position predicts the first code
-
-    def score(hidden, codes):
-        return log_distribution(policy.output(hidden), guidance, temperature).gather(2, codes[..., None])[..., 0]
-
-    pieces = zip(hidden.split(chunk, 1), codes.split(chunk, 1))
-    return torch.cat([run(score, *piece, recompute=recompute) for piece in pieces], 1)
-
-
-# ---- files -------------------------------------------------------------------------------------------------------------
-
-
-def count_layers(entries, prefix):
-    return 1 + max((int(name.removeprefix(prefix).split(".")[0]) for name in entries if name.startswith(prefix)), default=-1)
-
-
-def policy_from_entries(entries, grid, head_size=None):
-    """A policy from a LlamaGen state dict; sizes from the shapes, `grid` from the image size, `head_size` from the width.
-
-    Raises KeyError for a missing entry and RuntimeError (PyTorch's, naming each) for missing, surplus or misshapen ones.
-    """
-    entries = {name: value for name, value in entries.items() if name != "freqs_cis"}  # older files keep the rotary table
-    codes, dim = entries["tok_embeddings.weight"].shape
-    prefix, caption_dim = entries["cls_embedding.uncond_embedding"].shape
-    layers = count_layers(entries, "layers.")
-    hidden = entries["layers.0.feed_forward.w1.weight"].shape[0]
-    head_size = head_size or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
-    config = PolicyConfig(dim, layers, head_size, hidden, codes, prefix, caption_dim, grid)
-    if dim % config.head_size or config.head_size % 4:
-        raise ValueError(f"width {dim} does not divide into heads of {config.head_size}; name the head size with --head-size")
-    with torch.device("meta"):
-        policy = Policy(config)
-    policy.load_state_dict(entries, strict=True, assign=True)
-    policy.rotary = GridRotary(config)
-    return policy.float()
-
-
-# Our names as Janus has them, by patterns; * is q, k and v, which are one matrix here.
+# Our names as Janus has them, by patterns; * is q, k and v, which are one matrix here:
+# layers.3.attention.wqkv.weight ↔ language_model.model.layers.3.self_attn.q_proj.weight, …k_proj…, …v_proj….
 JANUS_NAMES = {
     r"^(tok_embeddings|output)\.": "",
     r"^(layers\.|norm\.)": r"language_model.model.\1",
@@ -534,189 +548,65 @@ JANUS_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What else its file holds: for understanding pictures, for writing text, and the tokenizer.
-JANUS_OTHERS = ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
+# What else its file holds: for understanding images, for writing text, and the tokenizer.
+JANUS_UNUSED = ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
 
 
 def janus_names(name):
     """The one or three entries in Janus' file that hold our entry `name`."""
-    for ours, theirs in JANUS_NAMES.items():
-        name = re.sub(ours, theirs, name)
+    for pattern, replacement in JANUS_NAMES.items():
+        name = re.sub(pattern, replacement, name)
     return [name.replace("*", part) for part in "qkv"] if "*" in name else [name]
 
 
-def swap_pairs(weight, head_size, back=False):
-    """Rows of a q or k matrix from Janus' order, where row i turns with row i + head_size / 2 of its head, to ours, neighbours."""
-    sizes = (head_size // 2, 2) if back else (2, head_size // 2)
-    return weight.unflatten(0, (-1, *sizes)).transpose(1, 2).flatten(0, 2)
-
-
-def janus_from_entries(entries, sizes, pad, grid):
-    """A policy from Janus' entries; `sizes` is its config.json, which may leave sizes out, and `pad` the tokenizer's pad word.
-
-    Raises like `policy_from_entries`; entries that are not of image generation are left out.
+def permute(weight, head_dim, to_janus=False):
+    """Rows of a q or k matrix from Janus' order, where row i turns with row i + head_dim / 2 of its head, to
+    neighbours.
     """
-    # Older files keep the rotary table.
-    others = lambda name: name.startswith(JANUS_OTHERS) or name.endswith("rotary_emb.inv_freq")
-    entries = {name: value for name, value in entries.items() if not others(name)}
-    words, dim = entries["language_model.model.embed_tokens.weight"].shape
-    layers = count_layers(entries, "language_model.model.layers.")
-    language = sizes.get("language_config", {})
-    if language.get("rope_theta", 10000) != 10000 or language.get("rope_scaling"):
-        raise ValueError("its config.json asks for another rotary embedding than Janus-Pro's, base 10000 without scaling")
-    config = PolicyConfig(
-        dim, layers, dim // language["num_attention_heads"] if "num_attention_heads" in language else 128,
-        hidden=entries["language_model.model.layers.0.mlp.gate_proj.weight"].shape[0], codes=len(entries["gen_embed.weight"]),
-        prefix=LONGEST_PROMPT, caption_dim=0, grid=grid, norm_eps=language.get("rms_norm_eps", 1e-6), words=words, pad=pad,
-    )  # fmt: skip
+    pairs = (head_dim // 2, 2) if to_janus else (2, head_dim // 2)
+    return weight.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def load_janus(state_dict, config, pad_id, grid_size):
+    """A policy from Janus' state dict; `config` is its config.json, which may leave sizes out, `pad_id` the
+    tokenizer's.
+
+    Raises InputError for another rotary embedding's, else like `load_llamagen`; entries that are not of image
+    generation are left out.
+    """
+    unused = {name for name in state_dict if name.startswith(JANUS_UNUSED) or name.endswith("rotary_emb.inv_freq")}
+    state_dict = {name: x for name, x in state_dict.items() if name not in unused}
+    text_vocab_size, dim = state_dict["language_model.model.embed_tokens.weight"].shape
+    ffn_dim = len(state_dict["language_model.model.layers.0.mlp.gate_proj.weight"])
+    n_layer, vocab_size = count_layers(state_dict, "language_model.model.layers."), len(state_dict["gen_embed.weight"])
+    language = config.get("language_config", {})
+    head_dim = dim // language["num_attention_heads"] if "num_attention_heads" in language else 128
+    norm_eps, other_rope = language.get("rms_norm_eps", 1e-6), language.get("rope_scaling")
+    other_rope = other_rope or language.get("rope_theta", 10000) != 10000
+    expect(not other_rope, "its config.json asks for another rotary embedding than Janus-Pro's, base 10000, unscaled")
+    sizes = (dim, n_layer, head_dim, ffn_dim, vocab_size, JanusTokenizer.MAX_LENGTH, 0, grid_size)
+    policy_config = GPTConfig(*sizes, norm_eps, text_vocab_size, pad_id)
     with torch.device("meta"):
-        policy = Policy(config)
+        names = Policy(policy_config).state_dict()
     ours = {}
-    for name in policy.state_dict():
-        parts = [entries.pop(theirs) for theirs in janus_names(name)]
-        if parts[1:]:
-            parts[:2] = (swap_pairs(part, config.head_size) for part in parts[:2])
-        ours[name] = torch.cat(parts) if parts[1:] else parts[0]
-    policy.load_state_dict(ours | entries, strict=True, assign=True)  # what is left is surplus, and named
-    policy.rotary = LineRotary(config)
-    return policy.float()
+    for name in names:
+        parts = [state_dict.pop(theirs) for theirs in janus_names(name)]
+        square = len(parts) == 1 or all(tuple(part.shape) == (dim, dim) for part in parts)
+        expect(square, f"{janus_names(name)}: expected {dim} rows and columns each")
+        if len(parts) == 3:
+            parts[:2] = (permute(part, head_dim) for part in parts[:2])
+        ours[name] = torch.cat(parts) if len(parts) == 3 else parts[0]
+    return build(lambda: Policy(policy_config), ours | state_dict)  # what is left is surplus, and named
 
 
-def janus_entries(state, head_size):
-    """A policy's state dict in Janus' names and row order: `janus_from_entries` backwards."""
-    entries = {}
-    for name, value in state.items():
+def janus_state_dict(state_dict, head_dim):
+    """A policy's state dict in Janus' names and row order: `load_janus` backwards."""
+    theirs = {}
+    for name, value in state_dict.items():
         names = janus_names(name)
-        parts = list(value.chunk(len(names)))
-        if parts[1:]:
-            q, k, v = parts  # a view's file would hold the whole matrix, so v is copied
-            parts = [swap_pairs(q, head_size, back=True), swap_pairs(k, head_size, back=True), v.clone()]
-        entries |= zip(names, parts)
-    return entries
-
-
-# ---- benchmark ---------------------------------------------------------------------------------------------------------
-
-MODELS = {
-    "XL": PolicyConfig(1280, 36, 64, 3584, 16384, 120, 2048, 16),
-    "L": PolicyConfig(1024, 24, 64, 2816, 16384, 120, 2048, 16),
-    "B": PolicyConfig(768, 12, 64, 2048, 16384, 120, 2048, 16),
-    "tiny": PolicyConfig(),
-}
-
-
-@torch.no_grad()
-def sample_naively(policy, features, text_mask, tokens, guidance):
-    """Greedy codes (B, tokens) without a cache: everything is computed again for every token. What `sample` is measured against."""
-    codes = torch.empty(len(features), 0, dtype=torch.long, device=features.device)
-    x, text_mask = policy.cls_embedding(features, text_mask, True), text_mask.repeat(2, 1)
-    for n in range(tokens):
-        inputs = torch.cat([x, policy.tok_embeddings(codes).repeat(2, 1, 1)], 1)
-        hidden = policy(inputs, policy.rotary(text_mask, n), attention_mask(text_mask, n))
-        best = log_distribution(policy.output(hidden[:, -1]), guidance).argmax(1, keepdim=True)
-        codes = torch.cat([codes, best], 1)
-    return codes
-
-
-def seconds(function, device, times=1, warm_up=None):
-    """Time of a call, after one of it, or of `warm_up`."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    (warm_up or function)()
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        function()
-    wait()
-    return (time.perf_counter() - start) / times
-
-
-def machine(device, dtype, read, width):
-    """Prints what this machine is and returns what it reads (bytes/s) and multiplies (FLOP/s) in the same run: on a CPU by a plain
-    matrix-vector product over `read` bytes, on a GPU by a copy of 1 GB, read and written."""
-    side = 8192 if device == "cuda" else 2048
-    square = torch.randn(side, side, device=device, dtype=dtype)
-    flops = 2 * side**3 / seconds(lambda: square @ square, device, 3)
-    if device == "cuda":
-        name, how = torch.cuda.get_device_name(), "copying 1 GB, read and written"
-        source, target = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
-        bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source), device, 10)
-    else:
-        name, how = f"{torch.get_num_threads()} threads of {cpu_name()}", "a matrix-vector product over as many bytes"
-        matrix = torch.ones(read // dtype.itemsize // width, width, dtype=dtype)
-        bandwidth = read / seconds(lambda: torch.mv(matrix, matrix[0]), device, 3)
-    print(
-        f"{name}, torch {torch.__version__}: multiplies {side}³ at {flops / 1e12:.2f} TFLOP/s, reads {bandwidth / 1e9:.1f} GB/s ({how})"
-    )
-    return bandwidth, flops
-
-
-def peak_memory(device):
-    """Bytes: of the GPU since the last reset, or of this process since it began."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def bench(model, batches, dtype, device, tokens):
-    """Prints how fast random weights of a model's shape sample, captions of full length and their reading included."""
-    c, generator = MODELS[model], torch.Generator().manual_seed(0)
-    policy = Policy(c).initialize(generator).to(device)
-    weights = sum(weight.numel() for part in (policy.layers, policy.output) for weight in part.parameters())
-    print(f"{model}, {dtype}: {weights * dtype.itemsize / 1e9:.2f} GB of weights a token")
-    bandwidth, flops = machine(device, dtype, weights * dtype.itemsize, c.dim)
-
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    uniform = lambda *sizes: torch.rand(sizes, generator=generator).to(device)
-    prompts = lambda batch: (
-        uniform(batch, c.prefix, c.caption_dim),
-        torch.ones(batch, c.prefix, dtype=torch.bool, device=device),
-    )
-    print("\ncaptions  guided  tokens/s  ms a step   GB/s  of reading  of multiplying  images/s  peak GB")
-    for batch, guidance in [(1, 1.0), *((batch, 7.5) for batch in batches)]:
-        inputs, noise = prompts(batch), uniform(batch, 1, tokens)
-        draw = lambda noise: sample(policy, *inputs, noise, guidance, 1.0, 1000)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with autocast:
-            step = seconds(lambda: draw(noise), device, warm_up=lambda: draw(noise[..., :2])) / tokens
-        rows = batch if guidance == 1 else 2 * batch
-        cached = rows * (c.prefix + tokens / 2) * 2 * c.layers * c.dim  # keys and values, on average
-        read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * rows / step
-        images = f"{batch / step / tokens:8.3f}" if tokens == c.grid**2 else "       –"
-        print(
-            f"{batch:8d}  {'no' if guidance == 1 else 'yes':>6}  {batch / step:8.1f}  {1e3 * step:9.2f}  {read / 1e9:5.1f}  "
-            f"{read / bandwidth:10.0%}  {multiplied / flops:14.1%}  {images}  {peak_memory(device) / 1e9:7.1f}"
-        )
-    few, more = min(tokens, 4), min(tokens, 64)
-    with autocast:
-        naive = seconds(lambda: sample_naively(policy, *prompts(2), few, 7.5), device) / few
-        ours = seconds(lambda: sample(policy, *prompts(2), uniform(2, 1, more), 7.5, top_k=1), device) / more
-    print(f"\n2 captions, guided, tokens/s: {2 / naive:.2f} without a cache (first {few}), ", end="")
-    print(f"{2 / ours:.2f} with it (first {more}), {naive / ours:.1f} times as many")
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-
-
-def main():
-    parser = argparse.ArgumentParser("policy.py", description="bench: how fast random weights of a model's shape sample")
-    parser.add_argument("command", choices=["bench"])
-    parser.add_argument("--model", choices=MODELS, default="XL")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="captions at a time [1 8]")
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="bf16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, help="tokens a picture, at most the model's grid, which is the default")
-    given = parser.parse_args()
-    most = MODELS[given.model].grid ** 2
-    if min(given.batch) < 1 or not 2 <= (given.tokens or most) <= most:
-        parser.error(f"--batch takes numbers from 1, --tokens one from 2 to {most}")
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[given.dtype]
-    bench(given.model, given.batch, dtype, given.device, given.tokens or most)
-
-
-if __name__ == "__main__":
-    main()
+        parts = value.chunk(len(names))
+        if len(names) == 3:  # a view's file would hold the whole matrix, so v is copied
+            q, k, v = parts
+            parts = [permute(q, head_dim, to_janus=True), permute(k, head_dim, to_janus=True), v.clone()]
+        theirs.update(zip(names, parts))
+    return theirs

@@ -1,36 +1,33 @@
-"""Post-training with RankE: settings, data, the loop, pictures, files.
+"""Post-training with RankE: settings, data, the loop, checkpoints, images.
 
-    python train.py                                         the whole job on the embedded world, minutes on a laptop
-    python train.py --arm policy --out runs/policy          standard RL: the decoder stays frozen
-    python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  a public checkpoint; lists what it lacks, and where to get it
-    python train.py --ckpt Janus-Pro-1B/ --data DIR         the other public policy; its tokenizer is in the folder
-    python train.py --ckpt CKPT --sample "a red bus"        pictures from any checkpoint in one of these layouts
-    python train.py --evaluate FILE_OR_RUN --data DATA      what the paper reports of a checkpoint: CLIP, FID, token KL
-    python train.py … --resume                              go on where the same command was interrupted
-    torchrun --nproc_per_node=8 train.py …                  on several GPUs
-    python train.py --pretrain --base DIR                   make the embedded world's base again, with --seed
-    python train.py --compare --seed 1 --seeds 5            the embedded world: all arms beside each other, a table, two figures
+    python train.py                                         the whole job on the embedded world, minutes on a CPU
+    python train.py --method rl --out runs/rl               standard RL: the decoder stays frozen
+    python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  LlamaGen-XL; what is not named is fetched once
+    python train.py --ckpt deepseek-ai/Janus-Pro-1B --data DIR        the other public policy
+    python train.py --ckpt CKPT --sample "a red bus" --out DIR        images, in GenEval's layout
+    python train.py --resume --out DIR                      go on where a run was stopped
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py …     on several GPUs
 
-Every option of the method is a field of `rankee.Method`, whose defaults are the authors' for LlamaGen; `SCENES` and `JANUS` below
-hold what differs on the embedded world and for Janus-Pro. A run writes to --out: settings.json, log.jsonl (a line a round),
-pictures, and policy.pt, vq.pt and their EMAs in LlamaGen's layout, or folders in Janus-Pro's; on the embedded world results.json
-too; and the last two checkpoints, state-….pt, each one dict: settings, rounds done, weights, optimizers. No random state: what
-round n draws is a function of the seed, n and the process.
+--data is a folder of images with .txt captions of the same names, webdataset tars of these, or a COCO
+captions .json. Every option of the method is a field of `rankee.Config`, whose defaults are the authors' for
+LlamaGen; `SCENES` and `JANUS` hold what differs. A run leaves in --out: log.jsonl (a line a step),
+preview-….png, policy.pt, policy_ema.pt and vq.pt (with the decoder's EMA) in LlamaGen's layout, or folders in
+Janus-Pro's; on the embedded world results.json; and ckpt.pt, one dict of settings, step, weights and
+optimizers. No random state: what a step draws is a function of seed, step and process.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import io
 import json
 import math
 import os
-import re
+import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -46,524 +43,501 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import metrics
-from metrics import BadInput, build, first_line, read_checkpoint, read_entries, reading, square
-from policy import JanusPrompts, janus_entries, janus_from_entries, left_pad, policy_from_entries, t5_features
-from rankee import Method, Players, draw, in_rows, one_round
+from metrics import IMAGE_SUFFIXES, center_crop, list_files, load_image, open_clip_score
+from policy import JanusTokenizer, T5Encoder, janus_state_dict, load_janus, load_llamagen
+from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
 from scenes import world
-from vq import lpips_from_entries, patch_discriminator, vq_from_entries
+from vq import (
+    InputError,
+    atomic_save,
+    download,
+    expect,
+    load,
+    load_lpips,
+    load_state_dict,
+    load_vq,
+    patch_discriminator,
+    read_checkpoint,
+    reading,
+)
 
-# ---- settings ----------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+LLAMAGEN, LLAMAGEN_XL = "peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt"
+LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Method):
-    """A run's settings: the method's and these."""
+class TrainConfig(Config):
+    """A run's settings: the method's and these. A default with a slash is a public file (`vq.download`); a
+    path overrides it.
+    """
 
-    out: Annotated[str, "folder of the run; must not hold another run"] = "runs/llamagen"
-    seed: Annotated[int, "seed of captions, scenes and noise", 0, 10**9] = 0
-    ckpt: Annotated[str, "policy in LlamaGen's layout, or Janus-Pro's folder; default: the embedded world's"] = ""
-    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; default: Janus-Pro's own, or beside the policy, as other files"] = ""
-    image_size: Annotated[int, "pixels a side (PatchGAN needs 24); over the tokenizer's factor: the token grid", 24] = 256
-    head_size: Annotated[int, "size of an attention head; 0: LlamaGen's for the policy's width"] = 0
-    data: Annotated[str, "images and captions: a folder, COCO json, LlamaGen jsonl or webdataset tars; or the word scenes"] = ""
-    t5: Annotated[str, "folder of the text encoder"] = ""
-    t5_features: Annotated[str, "folder of LlamaGen's .npy text features, completed where it lacks some; default: DATA.t5"] = ""
-    reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2"] = "clip"
-    reward_weights: Annotated[str, "the scorer's file"] = ""
-    vgg: Annotated[str, "VGG16's file, for LPIPS"] = ""
-    lpips: Annotated[str, "file of LPIPS' linear layers"] = ""
+    out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
+    seed: Annotated[int, "seed of everything that is drawn"] = 0
+    ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run's, or a public name"] = LLAMAGEN_XL
+    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; Janus-Pro has its own"] = f"{LLAMAGEN}/vq_ds16_t2i.pt"
+    image_size: Annotated[int, "pixels a side; over the tokenizer's factor: the token grid"] = 256
+    data: Annotated[str, "images with captions, see above; or the word scenes"] = ""
+    t5: Annotated[str, "LlamaGen's text encoder"] = "google/flan-t5-xl"
+    t5_device: Annotated[str, "where the text encoder is, if not on --device"] = ""
+    reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2.1"] = "clip"
+    reward_weights: Annotated[str, "the scorer's file, if not the published one"] = ""
+    vgg: Annotated[str, "VGG16, for LPIPS"] = "https://download.pytorch.org/models/vgg16-397923af.pth#397923af"
+    lpips: Annotated[str, "LPIPS' linear layers"] = f"{LPIPS}/vgg.pth#a78928a0"
     workers: Annotated[int, "processes that read images; 0: none, the run reads them itself"] = 4
-    sample: Annotated[list[str], "captions: write a picture of each to --out and stop"] = ()
-    prompts: Annotated[str, "a file of captions, a line each, for the same"] = ""
-    layout: Annotated[Literal["plain", "geneval"], "geneval: its folders, for its evaluation_metadata.jsonl in --prompts"] = (
-        "plain"
-    )
-    evaluate: Annotated[str, "a policy's file or a run's folder: draw for --count captions of --data, measure and stop"] = ""
-    count: Annotated[int, "pictures that --evaluate draws", 2] = 30000
-    clip_b32: Annotated[str, "CLIP ViT-B/32's file, for --evaluate"] = ""
-    inception: Annotated[str, "Inception's file, for --evaluate"] = ""
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where it runs; auto: the GPU where there is one"] = "auto"
-    precision: Annotated[Literal["auto", "float32", "bf16"], "of passes, weights are float32; auto: bf16 on a GPU"] = "auto"
-    base: Annotated[str, "folder of the embedded world's base, which --pretrain writes; default: scenes/"] = ""
-    samples: Annotated[int, "pictures in an evaluation of the embedded world", 2] = 2048
-    measure_every: Annotated[int, "rounds between evaluations of the embedded world; 0: the last round alone"] = 0
-    measure_base: Annotated[bool, "evaluate the embedded world's base too, before the first round"] = True
-    save_every: Annotated[int, "rounds between checkpoints and pictures; the last round always makes them", 1] = 500
-    resume: Annotated[bool, "go on from the newest checkpoint in --out"] = False
-    changed: Annotated[bool, "with --resume: go on although the settings are not those of the checkpoint"] = False
-    patience: Annotated[int, "rounds in a row without finite numbers, and so without an update, that end the run", 1] = 5
-    pretrain: Annotated[bool, "make the embedded world's base and stop; with --compare: one for each seed"] = False
-    compare: Annotated[bool, "run all arms on the embedded world and compare them; with --resume: go on with that"] = False
-    seeds: Annotated[int, "how many seeds --compare takes, from --seed on", 1] = 1
+    sample: Annotated[list[str], "draw these captions, or those of a .txt, GenEval's .jsonl, COCO's .json"] = ()
+    num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
+    per_prompt: Annotated[int, "images a caption of --sample"] = 1
+    device: Annotated[Literal["cpu", "cuda"], "where it runs"] = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Annotated[Literal["auto", "float32", "bf16"], "of passes; auto: bf16 on cuda"] = "auto"
+    base: Annotated[str, "folder of the embedded world's base"] = str(world.FOLDER)
+    eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 2048
+    eval_every: Annotated[int, "steps between evaluations on the embedded world; 0: the last step alone"] = 0
+    save_every: Annotated[int, "steps between checkpoints and previews; the last step always makes them"] = 500
+    resume: Annotated[bool, "go on from --out's checkpoint with its settings, but for those given"] = False
 
-    @property
-    def base_folder(self):
-        return Path(self.base or world.FOLDER)
 
-    @property
-    def janus(self):
-        return is_janus(self.ckpt)
+# What the embedded world sets, found by measurement (experiments/README.md); all else is `Config`'s default.
+SCENES = f"""
+--out runs/scenes --data scenes --image-size {world.RESOLUTION} --max-steps 60 --batch-size 8 --cfg-scale 3 --top-k 0
+--rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --real-batch-size 32 --cfg-logprobs
+--policy-lr 5e-4 --warmup-steps 10 --kl-coef 0.2 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
+--decoder-lr 2e-5 --disc-lr 2e-4 --disc-start 0 --lambda-d 0.005 --decoder-ema 0.95 --rank-zscore
+"""
+# The authors' for Janus-Pro-1B, where they differ from LlamaGen-XL's. Two accumulated batches of 2 captions
+# are our 4.
+JANUS = "--out runs/janus --image-size 384 --cfg-scale 5 --top-k 0 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5"
+# Open_clip's name of a scorer, and where its weights are published.
+REWARDS = {
+    "clip": ("ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors"),
+    "hpsv2": ("ViT-H-14", "xswu/HPSv2/HPS_v2.1_compressed.pt"),
+}
+# Options that take no 0, since something is counted or divided by them.
+POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
+image_size per_prompt eval_samples save_every"""
 
 
 def is_janus(ckpt):
-    """Whether a checkpoint is a folder in Janus-Pro's layout."""
-    return bool(ckpt) and (Path(ckpt) / "config.json").is_file()
+    """Whether a checkpoint is Janus-Pro's: a folder with a config.json, or the name of a repository."""
+    path = Path(ckpt)
+    repository = not path.exists() and len(path.parts) == 2 and not path.suffix
+    return repository or bool(ckpt) and (path / "config.json").is_file()
 
 
-# The embedded world, found by measurement (scenes/ says what it is). Everything else is `Method`'s default.
-SCENES = dict(
-    out="runs/scenes", data="scenes", image_size=world.RESOLUTION, head_size=world.HEAD_SIZE,
-    rounds=80, captions=8, guidance=2.0, top_k=0, sample_batch=64, micro_batch=64, recompute=False,
-    lr_policy=2e-4, warmup=10, reference="initial", score_guided=True, ema_policy=0.9, ema_policy_every=1,
-    lr_decoder=3e-4, lr_discriminator=2e-4, beta1_decoder=0.5, beta2_decoder=0.9, ema_decoder=0.95,
-    weight_by="zscore", gan_start=0, lambda_d=0.05, lambda_c=2.0, real_images=32,
-)  # fmt: skip
-
-# The authors' for Janus-Pro-1B, where they differ from those for LlamaGen-XL. Two accumulated batches of 2 captions are our 4.
-JANUS = dict(out="runs/janus", image_size=384, guidance=5.0, top_k=0, lr_policy=1e-4, lambda_d=0.05, lambda_c=5.0)
-
-
-def parse_settings(arguments):
-    """The command line to `Settings`. Options left out take the paper's values for a public checkpoint, else the embedded world's."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=layout, allow_abbrev=False, exit_on_error=False)
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    for name, hint in get_type_hints(Settings, include_extras=True).items():
-        kind, text = hint.__origin__, hint.__metadata__[0]
-        others = [f"; {of} {preset[name]}" for of, preset in (("scenes", SCENES), ("Janus-Pro", JANUS)) if name in preset]
-        shown = f"{text} [{defaults[name]}{''.join(others)}]"
-        option = {"dest": name, "default": argparse.SUPPRESS, "help": shown.replace("%", "%%")}
+def option_parser():
+    raw, usage = argparse.RawDescriptionHelpFormatter, "train.py [options]   (--help lists them)"
+    parser = argparse.ArgumentParser("train.py", usage, __doc__, formatter_class=raw, allow_abbrev=False)
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    for field in dataclasses.fields(TrainConfig):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        option = {"help": f"{text} [{field.default}]", "default": argparse.SUPPRESS}
         if kind is bool:
             option["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            option["choices"] = get_args(kind)
         elif get_origin(kind) is list:
-            option |= {"nargs": "+", "metavar": "TEXT"}
+            option["nargs"] = "+"
         else:
-            option |= {"choices": get_args(kind)} if get_args(kind) else {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + name.replace("_", "-"), **option)
-    try:
-        given, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise BadInput(str(error)) from error
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, cutoff=0)
-        raise BadInput(f"unknown option {unknown[0]}; the nearest is {near[0]}, and --help lists all")
-    given = vars(given)
-    ckpt = named_checkpoint(given.get("evaluate", given.get("ckpt", "")))
-    data = given["data"] if "data" in given else "scenes" if not ckpt or ran_on_scenes(ckpt) else ""
-    preset = SCENES if data == "scenes" else JANUS if is_janus(ckpt) else {}
-    if given.get("compare"):
-        preset = preset | {"out": "runs/compare", "measure_every": 40}
-    if "evaluate" in given and "ckpt" in given:
-        raise BadInput("--evaluate and --ckpt both name a checkpoint; leave --ckpt out")
-    if "evaluate" in given:
-        preset = preset | {"out": "runs/evaluation"}
-    s = Settings(**(defaults | preset | given | {"ckpt": ckpt}))
-    check_settings(s)
-    beside = str(Path(s.data)) + ".t5" if s.data not in ("", "scenes") else ""
-    return s if s.janus else dataclasses.replace(s, t5_features=s.t5_features or beside)
+            option["type"] = kind
+        parser.add_argument("--" + field.name.replace("_", "-"), **option)
+    return parser
 
 
-def named_checkpoint(ckpt):
-    """The checkpoint that `ckpt` means: itself, or the policy in a run's folder. Raises BadInput for a folder that is neither's."""
-    path = Path(ckpt)
-    if path.is_file() and path.name.startswith(("pytorch_model", "model.safetensors", "model-")) and is_janus(path.parent):
-        raise BadInput(f"{ckpt}: is a part of a folder in Janus-Pro's layout; name the folder")
-    if not ckpt or not path.is_dir() or is_janus(path):
-        return ckpt
-    if is_janus(path / "policy"):
-        return str(path / "policy")
-    if not (path / "policy.pt").exists():
-        raise BadInput(f"{path / 'policy.pt'}: no such file, nor a config.json: neither a run's folder nor Janus-Pro's, whole")
-    return str(path / "policy.pt")
-
-
-def ran_on_scenes(ckpt):
-    """Whether a checkpoint lies in the folder of a run on the embedded world."""
-    settings = Path(ckpt).with_name("settings.json")
-    with reading(settings, "a run's settings"):
-        return settings.exists() and json.loads(settings.read_text("utf-8")).get("data") == "scenes"
-
-
-def check_settings(s):
-    """Raises BadInput for a value or a combination that cannot be meant."""
-    for name, hint in get_type_hints(Settings, include_extras=True).items():
-        value, (_, *bounds) = getattr(s, name), hint.__metadata__
-        low, high = (*bounds, *(0, sys.float_info.max)[len(bounds) :])
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            bounds = f"from {low} to {high}" if bounds[1:] else f"at least {low}"
-            raise BadInput(f"--{name.replace('_', '-')} {value} is not possible; it must be {bounds}")
-    if s.keep > s.rollouts:
-        raise BadInput(f"--keep {s.keep} keeps more than the {s.rollouts} rollouts of a caption; give at most --rollouts")
-    if s.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
-    if s.vq and not s.ckpt:
-        raise BadInput("--vq without --ckpt: the embedded world's codes mean nothing to another tokenizer; name both")
-    if s.data == "scenes" and s.image_size != world.RESOLUTION:
-        raise BadInput(
-            f"--image-size {s.image_size}: the embedded world's pictures have {world.RESOLUTION} pixels a side; leave it out"
-        )
-    if s.data == "scenes" and s.janus:
-        raise BadInput(f"--ckpt {s.ckpt}: the embedded world's captions are no prompts of Janus-Pro; name --data")
-    for name in ("t5", "t5_features", "head_size") if s.janus else ():
-        if getattr(s, name):
-            raise BadInput(f"--{name.replace('_', '-')}: is LlamaGen's; Janus-Pro's folder has its own; leave it out")
-    for name in ("t5", "t5_features", "reward", "reward_weights", "vgg", "lpips"):
-        if s.data == "scenes" and getattr(s, name) != getattr(Settings, name):
-            raise BadInput(f"--{name.replace('_', '-')}: the embedded world has its own; leave it out, or name --ckpt and --data")
-
-
-# ---- files -------------------------------------------------------------------------------------------------------------
-
-
-def write_whole(path, write):
-    """`write(temporary path)`, then a rename: a reader, or a kill, finds the old file or the new one, never a part.
-
-    Where it cannot be written the program ends, with one line and status 1.
+def parse_config(argv):
+    """The command line to a `TrainConfig`. Options left out have the paper's values; without --ckpt the
+    scenes'.
     """
-    temporary = path.with_name("." + path.name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(
-            f"train.py: {path}: cannot be written ({first_line(error)}); what was there before is untouched"
-        ) from error
+    parser = option_parser()
+    given = vars(parser.parse_args(argv))
+    scenes = given.get("data", "" if "ckpt" in given else "scenes") == "scenes"
+    preset = SCENES if scenes else JANUS if is_janus(given.get("ckpt", "")) else ""
+    settings = vars(parser.parse_args(preset.split()))
+    if scenes:
+        base = Path(given.get("base", world.FOLDER))
+        settings |= {"ckpt": str(base / "policy.pt"), "vq": str(base / "vq.pt")}
+    if given.get("resume"):
+        settings = read_checkpoint(Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt"))["config"]
+        changed = [name for name in given if given[name] != settings[name] and name != "resume"]
+        print(*(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}\n" for name in changed), sep="", end="")
+    if given.get("ckpt"):
+        run = Path(given["ckpt"])  # perhaps: its folder holds a policy and the tokenizer that was trained with it
+        policy = run / "policy.pt" if (run / "policy.pt").exists() else run
+        if (policy.parent / "vq.pt").exists():
+            given = {"vq": str(policy.parent / "vq.pt")} | given | {"ckpt": str(policy)}
+    cfg = TrainConfig(**(settings | given))
+    for name, value in dataclasses.asdict(cfg).items():
+        least = "more than 0" if name in POSITIVE.split() else "0 or more"
+        fits = not isinstance(value, (int, float)) or value > 0 or (value == 0 and least == "0 or more")
+        expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}")
+    expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
+    expect(cfg.device == "cpu" or torch.cuda.is_available(), f"--device {cfg.device}: there is none; leave it out")
+    return cfg
 
 
-# What a checkpoint holds of `Players`; the frozen networks come from their own files again.
-NETWORKS = ["policy", "policy_ema", "vq", "vq_ema"]
-STATE = [*NETWORKS, "discriminator", "policy_optimizer", "decoder_optimizer", "discriminator_optimizer"]
+def resolve_files(cfg):
+    """`cfg` with a local path for each public file that the run needs: as named, or fetched once by the
+    library that knows it.
 
-
-def save_state(out, p, s, done):
-    """A checkpoint after `done` rounds; the last two are kept."""
-    state = {"round": done, "settings": dataclasses.asdict(s)} | {name: getattr(p, name).state_dict() for name in STATE}
-    write_whole(out / f"state-{done:06d}.pt", lambda path: torch.save(state, path))
-    for old in sorted(out.glob("state-*.pt"))[:-2]:
-        old.unlink()
-
-
-def load_state(p, state):
-    """Back from a checkpoint. Of an optimizer the moments alone: its rates are the settings', and --changed may have changed them."""
-    for name in STATE:
-        part, saved = getattr(p, name), state[name]
-        part.load_state_dict(part.state_dict() | {"state": saved["state"]} if "param_groups" in saved else saved)
-
-
-def save_networks(out, p, s):
-    """The networks for other programs, in their own layout."""
-    networks = {name: getattr(p, name).state_dict() for name in NETWORKS}
-    if s.janus:
-        return save_janus(out, Path(s.ckpt), networks, p.policy.config.head_size)
-    for name, entries in networks.items():
-        write_whole(out / f"{name}.pt", lambda path: torch.save({"model": entries}, path))
-
-
-def save_janus(out, source, networks, head_size):
-    """Folders like `source` with the policy and with its EMA, each with the decoder's EMA. What did not change stays as it is there."""
-    entries = read_entries(source)
-    on_cpu = lambda name: {key: value.cpu() for key, value in networks[name].items()}  # reordering rows there spares the GPU
-    tokenizer = {f"gen_vision_model.{name}": value for name, value in on_cpu("vq_ema").items()}
-    for name in ("policy", "policy_ema"):
-        ours = janus_entries(on_cpu(name), head_size) | tokenizer
-        changed = {key: ours[key] for key in entries.keys() & ours.keys() if not torch.equal(entries[key].float(), ours[key])}
-        make_folder(out / name)
-        write_whole(out / name / "pytorch_model.bin", lambda path: torch.save(entries | changed, path))
-        for file in source.glob("*.json"):  # config.json, the tokenizer's, the processor's
-            if not file.name.endswith(".index.json"):
-                write_whole(out / name / file.name, lambda path: path.write_bytes(file.read_bytes()))
-
-
-def differences(was, now):
-    """The options of settings `was` that are not those of `now`; but for the text encoder, which is looked for only where features lack."""
-    names = [name for name in now if was.get(name) != now[name] and name != "t5"]
-    return ", ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in names)
-
-
-def newest_checkpoint(out, s, changed):
-    """The newest checkpoint in `out` that can be read; round 0 where none was written.
-
-    Raises BadInput where all are damaged, or the settings are not `s`, unless `changed`.
+    Raises InputError that lists all that is missing.
     """
-    paths = sorted(out.glob("state-*.pt"))
-    while paths:
-        path = paths.pop()
-        try:
-            state = read_checkpoint(path)
-        except BadInput as error:
-            if not paths:
-                raise BadInput(f"--resume: {error}; there is no other in {out}: begin again with another --out") from error
-            print(f"train.py: {error}; the one before it is used", file=sys.stderr)
-            continue
-        other = differences(state["settings"], dataclasses.asdict(s))
-        if other and not changed:
-            raise BadInput(f"--resume: {path} was made with {other}; give that again, or --changed to go on without")
-        return state
-    return {"round": 0}
+    janus, public, missing = is_janus(cfg.ckpt), cfg.data != "scenes", []
+    options = ["ckpt"] if janus else ["ckpt", "vq", "t5"] if public else ["ckpt", "vq"]
+    if public and not cfg.sample:
+        options += ["reward_weights"] if cfg.method == "rl" else ["reward_weights", "vgg", "lpips"]
+        if not cfg.data or not Path(cfg.data).exists():
+            missing.append(f"--data {cfg.data or 'DIR'}: a folder, tar or .json of images with captions")
+    if public and not importlib.util.find_spec("transformers"):
+        missing.append("pip install transformers, which reads the captions")
+    for option in options:
+        source = getattr(TrainConfig, option) or REWARDS[cfg.reward][1]
+        path = getattr(cfg, option) or source
+        if option == "ckpt" and (janus or "/" not in path):
+            source = path if janus else f"{LLAMAGEN}/{path}"
+        if not Path(path).exists():
+            try:
+                expect(path in (source, source.split("/")[-1]), "no such file")
+                path = str(download(source))
+            except Exception as error:  # of the network, the hub, a wrong hash: each library has its own
+                missing.append(f"--{option.replace('_', '-')} {path} ({error!r:.150})")
+        cfg = dataclasses.replace(cfg, **{option: path})
+    expect(not missing, "\n  ".join(["this run still needs", *missing]))
+    return cfg
 
 
-def to_picture(image):
-    """An image (3, H, W) in [-1, 1] as a PIL picture."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def save_grid(path, columns, captions):
-    """A row a caption, a column a label; columns: label → images (n, 3, H, W) in [-1, 1]."""
-    font = ImageFont.load_default(13)
-    cell, gap, margin, head = max(96, next(iter(columns.values())).shape[-1]), 4, 190, 24
-    sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), head + len(captions) * (cell + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, text in enumerate(captions):
-        lines = textwrap.wrap(text, 26, max_lines=cell // 17, placeholder=" …")
-        pen.text((6, head + y * (cell + gap) + 4), "\n".join(lines), "black", font)
-    for x, (label, images) in enumerate(columns.items()):
-        pen.text((margin + x * (cell + gap), 4), label, "black", font)
-        for y, image in enumerate(images):
-            tile = to_picture(image).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + x * (cell + gap), head + y * (cell + gap)))
-    write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
-
-
-# ---- public files ------------------------------------------------------------------------------------------------------
-
-HUB = "https://huggingface.co"
-# What a run on a public policy needs: option → names it goes by, and where it is published.
-PUBLIC = {
-    "ckpt": (("t2i_XL_stage1_256.pt",), f"{HUB}/peizesun/llamagen_t2i, or the folder Janus-Pro-1B of {HUB}/deepseek-ai"),
-    "vq": (("vq_ds16_t2i.pt", "vq_ema.pt", "vq.pt"), f"{HUB}/peizesun/llamagen_t2i"),  # the other two: what a run leaves
-    "t5": (("flan-t5-xl",), f"{HUB}/google/flan-t5-xl"),
-    "clip": (("open_clip_model.safetensors",), f"{HUB}/timm/vit_large_patch14_clip_224.openai"),
-    "hpsv2": (("HPS_v2.1_compressed.pt",), f"{HUB}/xswu/HPSv2"),
-    "clip_b32": (("ViT-B-32.safetensors",), f"{HUB}/timm/vit_base_patch32_clip_224.openai, open_clip_model.safetensors there"),
-    "inception": (("pt_inception-2015-12-05-6726825d.pth",), "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"),
-    "vgg": (("vgg16-397923af.pth",), "https://download.pytorch.org/models/vgg16-397923af.pth"),
-    "lpips": (("vgg.pth",), "https://github.com/richzhang/PerceptualSimilarity/tree/master/lpips/weights/v0.1"),
-    "data": (("images with captions",), "your disk; --help and the README say in which layouts"),
-}
-REWARDS = {"clip": (True, 64), "hpsv2": (False, 80)}  # what the shapes do not say: QuickGELU, width of a vision head
-
-
-def find_files(s, *needed, captions=True):
-    """`s` with the path of the policy's files and every file `needed`: as named, beside the policy, or where torchvision keeps
-    its downloads. Without `captions` no text is to be read.
-
-    Raises BadInput that lists all that is missing at once.
-    """
-    needed = ["ckpt", *([] if s.janus else ["vq"]), *needed]
-    if captions and not s.janus and not Path(s.t5_features or "?").exists():
-        needed.insert(2, "t5")
-    folders, found, missing = [Path(s.ckpt).parent, Path(torch.hub.get_dir()) / "checkpoints"], {}, []
-    for option in needed:
-        names, source = PUBLIC[s.reward if option == "reward_weights" else option]
-        named = getattr(s, option)
-        paths = [Path(named)] if named else [folder / name for folder in folders for name in names]
-        found[option] = str(next((path for path in paths if path.exists()), ""))
-        if not found[option]:
-            wrong = named and f"{named}: no such file; "
-            missing.append(f"--{option.replace('_', '-'):16} {wrong}{names[0]} from {source}")
-    if ("t5" in needed or s.janus) and not importlib.util.find_spec("transformers"):
-        instead = "reads Janus-Pro's tokenizer" if s.janus else "runs T5; or --t5-features, made elsewhere"
-        missing.append(f"pip install transformers, which {instead}")
-    if missing:
-        raise BadInput(("\n  " if missing[1:] else " ").join(["this run still needs", *missing]))
-    return dataclasses.replace(s, **found)
-
-
-# ---- data --------------------------------------------------------------------------------------------------------------
-
-
-# A pair is (name, image, caption): the name of its text features; the image's path or, in a tar, (path, offset, size), read
-# where it lies and never unpacked.
+# ---- data ------------------------------------------------------------------------------------------------------------
+# A place is (path, offset, size): a file (offset 0, size -1), or a member of a tar, read where it lies, never
+# unpacked.
 
 
 def read_place(place):
-    """The bytes of a file or of a member of a tar."""
-    path, offset, size = place if isinstance(place, tuple) else (place, 0, -1)
+    path, offset, size = place
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def same_name_pairs(source):
-    """(name, image, caption's bytes) of a folder's or a tar's images, with .txt files of the same names."""
-    if source.is_dir():
-        files = [(str(path.relative_to(source)), path) for path in sorted(source.rglob("*"))]
-    else:
-        with tarfile.open(source, "r:") as tar:  # reads headers and skips over what they head
-            files = [
-                (os.path.normpath(f"{source.stem}/{member.name}"), (source, member.offset_data, member.size)) for member in tar
-            ]
-    texts = {name.removesuffix(".txt"): place for name, place in files if name.endswith(".txt")}
-    for name, place in files:
-        name, suffix = os.path.splitext(name)
-        if suffix.lower() in metrics.SUFFIXES:
-            yield name, place, read_place(texts[name]) if name in texts else b""
-
-
 def coco_pairs(file):
-    """The same of a COCO captions file with its images beside it, or as COCO lays them out: annotations/captions_X.json and X/."""
-    content = json.loads(file.read_text("utf-8"))
-    images = {image["id"]: image["file_name"] for image in content["images"]}
+    """Pairs of COCO's captions .json; its images lie beside it or, as COCO has them, in X/ for
+    annotations/captions_X.json.
+    """
+    with reading(file, "a captions .json of COCO's"):
+        content = json.loads(file.read_text("utf-8-sig"))
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        pairs = [(names[note["image_id"]], note["caption"].strip()) for note in content["annotations"]]
+    expect(len(names) == len(content["images"]), f"{file}: two of its images have one id; whose captions are they?")
     folder = file.parent.parent / file.stem.removeprefix("captions_")
-    for note in content["annotations"]:
-        name = images[note["image_id"]]
-        yield str(note["id"]), file.parent / name if (file.parent / name).exists() else folder / name, note["caption"].encode()
-
-
-def jsonl_pairs(file):
-    """The same of LlamaGen's own lists, whose extraction tool names a line's features LIST/LINE.npy."""
-    for number, line in enumerate(file.read_text("utf-8").split("\n")):  # captions may hold what splitlines() splits at
-        if not line.strip():
-            continue
-        entry = json.loads(line)
-        text = entry["text"] if isinstance(entry["text"], str) else entry["text"][0]
-        yield f"{file.stem}/{number}", file.parent / entry["image_path"], text.encode()
+    return [((folder / name if folder.is_dir() else file.parent / name, 0, -1), text) for name, text in pairs if text]
 
 
 def list_pairs(source):
-    """Every pair of a folder, a .json, a .jsonl, a .tar or a folder of .tar, and a line on each without a caption. Raises BadInput."""
-    source, pairs, skipped = Path(source), [], []
-    readers = {".json": coco_pairs, ".jsonl": jsonl_pairs, ".tar": same_name_pairs}
-    if source.is_file() and source.suffix not in readers:
-        raise BadInput(f"{source}: not a data source; expected a folder, .json, .jsonl or .tar")
-    for file in sorted(source.glob("*.tar")) or [source]:
-        with reading(file, "a file that is whole, in one of the layouts that --help names"):
-            for name, image, text in readers.get(file.suffix, same_name_pairs)(file):
-                caption = text.decode("utf-8", "replace").strip()
-                if caption and "\ufffd" not in caption:
-                    pairs.append((name, image, caption))
-                else:
-                    skipped.append(f"{name}: no caption, or not in UTF-8")
-    if not pairs:
-        raise BadInput(f"{source}: holds no image with a caption; --help says in which layouts they may lie")
-    return pairs, skipped
-
-
-class Pairs(Dataset):
-    """An endless stream of pairs, epoch after epoch, each in an order of its own; item `position` depends on nothing before it."""
-
-    def __init__(self, pairs, features_of, image_size, seed):
-        self.pairs, self.features_of, self.image_size, self.seed = pairs, features_of, image_size, seed
-
-    def read(self, name, image, caption):
-        """Caption, its `features_of(caption, name)` (n, …) and image (3, H, W) in [-1, 1], its middle square."""
-        features = self.features_of(caption, name)
-        with Image.open(io.BytesIO(read_place(image))) as picture:
-            return caption, features, square(self.image_size, picture.convert("RGB"))
-
-    def __getitem__(self, position):
-        """What `read` gives, and a line on each pair skipped before it: an unreadable one leaves its place to the next."""
-        epoch, place = divmod(position, len(self.pairs))
-        generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)
-        skipped = []
-        for i in torch.randperm(len(self.pairs), generator=generator).roll(-place).tolist():
-            try:
-                return self.read(*self.pairs[i]), skipped
-            except metrics.UNREADABLE as error:
-                skipped.append(f"{self.pairs[i][0]}: {first_line(error)}")
-        return None, skipped
-
-
-def saved_features(folder, prefix, caption, name):
-    """Text features (n, C) of a pair from LlamaGen's .npy."""
-    return torch.from_numpy(np.load(folder / f"{name}.npy"))[0, :prefix]
-
-
-def pairs_features(s, pairs, config, device, autocast):
-    """What gives the text features of a pair, by caption and name, as `Pairs` asks: Janus' words, or the files made of T5's features."""
-    if s.janus:
-        return JanusPrompts(s.ckpt)
-    return functools.partial(saved_features, complete_features(s, pairs, config, device, autocast), config.prefix)
-
-
-def complete_features(s, pairs, config, device, autocast):
-    """Computes the text features that the folder --t5-features lacks, in LlamaGen's layout: NAME.npy, (1, n, C) float32.
-
-    captions.json beside them says what they are of. Raises BadInput where that, or their width, is not what is asked for.
-    Returns the folder.
+    """(place of the image, caption) of all that --data holds; names what has no caption. Raises InputError
+    for none.
     """
-    folder = Path(s.t5_features)
-    notes = folder / "captions.json"
-    known = json.loads(notes.read_text("utf-8")) if notes.exists() else {}
-    for name, _, caption in pairs:
-        if known.get(name, caption) != caption:
-            raise BadInput(f"{folder}: the features of {name} are of another caption; name another folder with --t5-features")
-    lacking = {name: caption for name, _, caption in pairs if not (folder / f"{name}.npy").exists()}
-    if lacking:
-        t5 = find_files(dataclasses.replace(s, t5_features="")).t5
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(notes, lambda path: path.write_text(json.dumps(known | lacking), "utf-8"))
-        computed = t5_features(t5, list(lacking.values()), config.prefix, device, autocast)
-        for name, features in zip(lacking, tqdm(computed, "text features", len(lacking), file=sys.stderr)):
-            path = folder / f"{name}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda temporary: np.save(temporary, features[None].numpy()))
-    width = np.load(folder / f"{pairs[0][0]}.npy", mmap_mode="r").shape[-1]
-    if width != config.caption_dim:
-        raise BadInput(f"{folder}: text features {width} wide; the policy takes {config.caption_dim}: another encoder's")
-    return folder
+    places, pairs = {}, coco_pairs(source) if source.suffix == ".json" else []
+    for path in list_files(source) if source.is_dir() else [source]:
+        places[str(path)] = (path, 0, -1)
+        if path.suffix == ".tar":
+            with reading(path, "a tar that is whole"), tarfile.open(path, "r:") as tar:
+                places |= {f"{path}/{member.name}": (path, member.offset_data, member.size) for member in tar}
+    for name, place in places.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            text = read_place(places[f"{stem}.txt"]) if f"{stem}.txt" in places else b""
+            caption = text.decode("utf-8-sig", "replace").strip()
+            if caption and "\ufffd" not in caption:
+                pairs.append((place, caption))
+            else:
+                print(f"left out {name}: no caption, or not in UTF-8", file=sys.stderr)
+    expect(pairs, f"{source}: no image with a caption; expected images with .txt of their names, tars, or COCO's .json")
+    return pairs
 
 
-class PublicWorld:
-    """Images with captions from --data, with the public networks as judges: to the loop, what `world.Scenes` is."""
+class CaptionedImages(Dataset):
+    """Captions with images (size, size, 3), uint8. What cannot be read is named, and its place goes to the
+    next pair.
+    """
 
-    def __init__(self, s, config, device, autocast, start, rank, processes):
-        self.s, self.config, self.device = s, config, device
-        pairs, skipped = list_pairs(s.data)
-        scorer = build(s.reward_weights, f"the scorer {s.reward}", metrics.clip_from_entries, *REWARDS[s.reward])
-        self.scorer, self.perceptual = scorer.to(device), None
-        if s.arm != "policy":
-            linear = read_entries(s.lpips)
-            self.perceptual = build(s.vgg, f"VGG16 with {s.lpips}", lpips_from_entries, linear).to(device)
-        if rank > 0:  # the first process computes what lacks, the others find it
-            dist.barrier()
-        features_of = pairs_features(s, pairs, config, device, autocast)  # hours, so after all that may be refused
-        if rank == 0 and processes > 1:
-            dist.barrier()
-        torch.manual_seed(s.seed)  # the discriminator starts from nothing
-        self.discriminator = patch_discriminator().to(device)
-        stream, size = Pairs(pairs, features_of, s.image_size, s.seed), max(s.captions, s.real_images)
-        self.skipped = set()
-        self.report(skipped)
-        self.captions, self.features, self.text_mask, self.real = self.stack([stream[i] for i in range(8)])
-        noise = torch.rand(8, 1, config.grid**2, generator=torch.Generator().manual_seed(10**6 + s.seed))
-        self.noise = noise.to(device)
-        own = range(start * processes + rank, s.rounds * processes, processes)  # batches, none of them another process'
-        positions = [range(batch * size, (batch + 1) * size) for batch in own]
-        loading = {"num_workers": s.workers, "collate_fn": list, "worker_init_fn": ignore_interrupt}
-        self.batches = iter(DataLoader(stream, batch_sampler=positions, **loading))
+    def __init__(self, pairs, size):
+        self.pairs, self.size = pairs, size
 
-    def report(self, skipped):
-        for line in sorted(set(skipped) - self.skipped):
-            self.skipped.add(line)
-            tqdm.write(f"skipped {line} ({len(self.skipped)} so far)", file=sys.stderr)
+    def __len__(self):
+        return len(self.pairs)
 
-    def stack(self, items):
-        for item, skipped in items:
-            self.report(skipped)
-            if item is None:
-                raise BadInput(f"{self.s.data}: none of its {len(self.skipped)} images can be read")
-        captions, features, images = zip(*(item for item, _ in items))
-        features, text_mask = left_pad(features, self.config.prefix)
-        return list(captions), features.to(self.device), text_mask.to(self.device), torch.stack(images).to(self.device)
-
-    def batch(self, generator):
-        return self.stack(next(self.batches))
+    def __getitem__(self, i):
+        for k in range(i, i + len(self)):
+            place, caption = self.pairs[k % len(self)]
+            try:
+                image = load_image(io.BytesIO(read_place(place)), upright=True)
+            except Exception as error:  # a decoder may raise anything for a damaged file
+                print(f"left out {place[0]}, byte {place[1]}: {error!r:.200}", file=sys.stderr)
+            else:
+                return caption, center_crop(image, self.size)
+        raise InputError(f"{self.pairs[i][0][0]}: none of {len(self)} images can be read")
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------------
+def batch_indices(n, size, seed, steps, rank, world_size):
+    """The indices of each step's batch of n pairs: epoch after epoch, each in an order of its own, no process
+    another's.
+    """
+    order = functools.lru_cache(2)(lambda epoch: random_stream(seed, "epoch", epoch).permutation(n))
+    for step in steps:
+        first = (step * world_size + rank) * size
+        yield [order(k // n)[k % n] for k in range(first, first + size)]
 
-NAMES = {"both": "RankE", "policy": "standard RL", "decoder": "decoder only"}
 
-# What a round's line shows of its log, and under which short name.
-SHOWN = {"reward": "reward", "reward_spread": "±", "kl": "KL", "clip_fraction": "clipped", "decoder_reward": "−wr"}
-SHOWN |= {"rank_gan": "GAN", "reconstruction": "rec", "consistency": "cons", "discriminator": "disc"}
-SHOWN |= {"policy_grad": "|∇π|", "decoder_grad": "|∇D|", "discriminator_grad": "|∇disc|", "seconds": "s"}
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach the whole process group; a loader's worker must outlive the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def to_pixels(arrays):
+    """uint8 images (H, W, 3) to floats (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def data_batches(dataset, cfg, start, rank, world_size):
+    """Yields (captions, images (B', 3, H, W) in [-1, 1]) for each step; standard RL needs, and gets, no
+    images.
+    """
+    size, steps = max(cfg.batch_size, cfg.real_batch_size), range(start, cfg.max_steps)
+    batches = batch_indices(len(dataset), size, cfg.seed, steps, rank, world_size)
+    if cfg.method == "rl":
+        yield from (([dataset.pairs[i][1] for i in batch], torch.empty(0)) for batch in batches)
+        return
+    # Lists of arrays travel through pipes; tensors would need /dev/shm, of which a container has 64 MB.
+    options = {"num_workers": cfg.workers, "collate_fn": list, "worker_init_fn": ignore_signals}
+    for items in DataLoader(dataset, batch_sampler=batches, **options):
+        captions, images = zip(*items)
+        yield list(captions), to_pixels(images)
+
+
+# ---- networks and checkpoints ----------------------------------------------------------------------------------------
+
+
+def load_pretrained(cfg):
+    """Policy, tokenizer and text encoder, on the device. Raises InputError, also where they do not fit each
+    other.
+    """
+    janus, scenes = is_janus(cfg.ckpt), cfg.data == "scenes"
+    vq = load(cfg.ckpt if janus else cfg.vq, load_vq, world.NORM_GROUPS if scenes else 32)
+    grid_size, rest = divmod(cfg.image_size, 2 ** (len(vq.config.ch_mult) - 1))
+    expect(grid_size and not rest, f"--image-size {cfg.image_size}: expected a multiple of the tokenizer's factor")
+    if janus:
+        text_encoder = JanusTokenizer(cfg.ckpt, cfg.device)
+        with reading(f"{cfg.ckpt}/config.json", "Janus-Pro's"):
+            sizes = json.loads(Path(cfg.ckpt, "config.json").read_text("utf-8-sig"))
+        policy = load(cfg.ckpt, load_janus, sizes, text_encoder.pad_id, grid_size)
+    else:
+        policy = load(cfg.ckpt, load_llamagen, grid_size, world.HEAD_DIM if scenes else None)
+        width, length = policy.config.caption_dim, policy.config.cls_token_num
+        if scenes:
+            text_encoder = world.WordVectors(width, length, cfg.device)
+        else:
+            text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
+    codes, codebook = policy.config.vocab_size, vq.config.codebook_size
+    expect(codes == codebook, f"--ckpt {cfg.ckpt} has {codes} codes and --vq {cfg.vq} {codebook}; give a pair")
+    return policy.to(cfg.device), vq.to(cfg.device), text_encoder
+
+
+class Judges:
+    """The public networks that judge a run, and a discriminator that knows nothing yet; see `rankee.Models`."""
+
+    def __init__(self, cfg):
+        self.scorer, self.lpips = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device), None
+        if cfg.method != "rl":
+            self.lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device)
+        torch.manual_seed(cfg.seed)
+        self.discriminator = patch_discriminator().to(cfg.device)
+
+
+# What a checkpoint holds of `Models`; the frozen networks come from their own files again.
+STATE = "policy policy_ema vq vq_ema discriminator policy_optimizer decoder_optimizer disc_optimizer".split()
+
+
+def save_checkpoint(out, models, cfg, step, rows, world_size):
+    state = {"step": step, "config": dataclasses.asdict(cfg), "rows": rows, "world_size": world_size}
+    state |= {name: getattr(models, name).state_dict() for name in STATE}
+    atomic_save(out / "ckpt.pt", lambda file: torch.save(state, file))
+
+
+def load_checkpoint(out, models, world_size):
+    """Fills `models` and returns how many steps were made, and the table's rows."""
+    state = read_checkpoint(out / "ckpt.pt")
+    if state["world_size"] != world_size:
+        print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
+    for name in STATE:
+        part, saved = getattr(models, name), state[name]
+        if "param_groups" in saved:  # of an optimizer the moments alone: its rates are settings, which may have changed
+            saved = part.state_dict() | {"state": saved["state"]}
+        part.load_state_dict(saved)
+    return state["step"], state["rows"]
+
+
+def export(out, models, cfg):
+    """Policy, its EMA, and the tokenizer with its decoder's EMA for other programs, in the layout they came
+    in.
+    """
+    state_dicts = {}
+    for name, network in {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}.items():
+        state_dicts[name] = {key: x.cpu() for key, x in network.state_dict().items()}
+    if not is_janus(cfg.ckpt):
+        for name, state_dict in state_dicts.items():
+            atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))
+        return
+    original, vq = load_state_dict(cfg.ckpt), state_dicts.pop("vq")
+    for name, state_dict in state_dicts.items():
+        ours = janus_state_dict(state_dict, models.policy.config.head_dim)
+        ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
+        # What did not change stays as it is there, in its own precision.
+        changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
+        make_folder(out / name)
+        atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
+        for file in Path(cfg.ckpt).glob("*[!x].json"):  # config.json, the tokenizer's, the processor's; no .index.json
+            shutil.copy(file, out / name)
+
+
+def make_folder(path):
+    with reading(path, "a folder that can be made and written; name another with --out"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def make_autocast(cfg):
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cfg.device == "cuda")
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=bf16)
+
+
+@torch.no_grad()
+def sample_images(policy, decoders, text_encoder, captions, u, cfg):
+    """Tokens (n, N) drawn for n captions as rollouts are, u (n, N), and what each decoder makes of them (n,
+    3, H, W).
+    """
+    cond, cond_mask = text_encoder(captions)
+    with make_autocast(cfg):
+        tokens = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)[0][:, 0]
+        return tokens, *(in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders)
+
+
+def to_pil(image):
+    """An image (3, H, W) in [-1, 1] as a PIL image."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_preview(path, columns, captions):
+    """A row a caption, a column a label; columns: label -> images (n, 3, H, W) in [-1, 1]. Small ones are
+    enlarged unsmoothed.
+    """
+    font, margin, head, cell = ImageFont.load_default(13), 190, 24, max(128, next(iter(columns.values())).shape[-1])
+    sheet = Image.new("RGB", (margin + len(columns) * (cell + 4), head + len(captions) * (cell + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, (label, images) in enumerate(columns.items()):
+        draw.text((margin + x * (cell + 4), 4), label, "black", font)
+        for y, (image, caption) in enumerate(zip(images, captions)):
+            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + x * (cell + 4), head + y * (cell + 4)))
+            lines = textwrap.wrap(caption, 26, max_lines=cell // 17, placeholder=" ...")
+            draw.text((6, head + y * (cell + 4) + 4), "\n".join(lines), "black", font)
+    atomic_save(path, lambda file: sheet.save(file, "PNG"))
+
+
+def read_prompts(sample, num_images):
+    """A dict for each prompt of --sample, as its metadata.jsonl has it: captions as they are, or a file's."""
+    file, prompts = Path(sample[0]), [{"prompt": caption} for caption in sample]
+    if len(sample) == 1 and file.suffix == ".json":  # one caption an image, its first
+        first = {place: caption for place, caption in reversed(coco_pairs(file))}
+        prompts = [{"prompt": caption} for caption in reversed(first.values())]
+    elif len(sample) == 1 and file.suffix in (".txt", ".jsonl"):
+        with reading(file, "a caption a line, or GenEval's .jsonl"):
+            lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
+            prompts = [json.loads(line) if file.suffix == ".jsonl" else {"prompt": line} for line in lines]
+            [prompt["prompt"] + "" for prompt in prompts]  # a prompt without text is refused
+    expect(prompts, f"--sample {file}: holds no caption")
+    return prompts[: num_images or None]
+
+
+def sample(cfg):
+    """Draws --sample in GenEval's layout: OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png and its
+    tokens, 0000.npy.
+
+    What is there already is not drawn again. An image depends on files, settings and its caption's place
+    alone.
+    """
+    prompts, todo = read_prompts(cfg.sample, cfg.num_images), []
+    expect("RANK" not in os.environ, "--sample runs as one process; start it without torchrun")
+    for i, prompt in enumerate(prompts):
+        folder = Path(cfg.out, f"{i:05d}")
+        make_folder(folder / "samples")
+        metadata, line = folder / "metadata.jsonl", json.dumps(prompt).encode()
+        if not metadata.exists():
+            atomic_save(metadata, lambda file: file.write(line))
+        expect(metadata.read_bytes() == line, f"{metadata} is of another caption; name another folder with --out")
+        paths = [folder / "samples" / f"{k:04d}.png" for k in range(cfg.per_prompt)]
+        todo += [(i, k, path) for k, path in enumerate(paths) if not path.exists()]
+    policy, vq, text_encoder = load_pretrained(cfg)
+    N = policy.config.grid_size**2
+    starts = range(0, len(todo), cfg.rollout_batch_size)
+    for n in tqdm(starts, unit=f" x {cfg.rollout_batch_size} images", disable=len(starts) < 2):
+        batch = todo[n : n + cfg.rollout_batch_size]
+        u = torch.stack([uniform(random_stream(cfg.seed, "sample", i, k), N) for i, k, _ in batch])
+        captions = [prompts[i]["prompt"] for i, _, _ in batch]
+        tokens, images = sample_images(policy, [vq], text_encoder, captions, u.to(cfg.device), cfg)
+        for (_, _, path), image_tokens, image in zip(batch, tokens.cpu(), images):
+            atomic_save(path.with_suffix(".npy"), lambda file: np.save(file, image_tokens.numpy()))
+            atomic_save(path, lambda file: to_pil(image).save(file, "PNG"))
+    print(f"{len(prompts) * cfg.per_prompt} images of {len(prompts)} captions are in {cfg.out}")
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def init_distributed(device):
+    """This process' rank and how many torchrun started; (0, 1) without it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait while the first evaluates
+    return rank, world_size
+
+
+def catch_signals():
+    """Signals received from here on: Ctrl-C and SIGTERM wait for the step's end; a second Ctrl-C kills."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return received
+
+
+def any_process(number, device):
+    """The largest of all processes' numbers: all stop after the same step."""
+    number = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+# What a step's line shows of its log.
+SHOWN = "reward kl clip_frac policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
+
+
+def log_step(path, step, cfg, logs):
+    """A line for people and one of JSON for machines, where numbers that are not finite are null."""
+    bad = [name for name, value in logs.items() if not math.isfinite(value)]
+    line = "  ".join(f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs)
+    print(f"step {step}/{cfg.max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
 
 
 def print_table(rows):
@@ -572,507 +546,94 @@ def print_table(rows):
         print("".join(f"{value:15.3f}" if isinstance(value, float) else f"{value:>15}" for value in row.values()))
 
 
-def load_pair(s):
-    """Policy and tokenizer, on the CPU, with the device and the autocast of their passes. Raises BadInput where they do not fit."""
-    device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = s.precision == "bf16" or (s.precision == "auto" and device == "cuda")
-    vq_file, part = (s.ckpt, "gen_vision_model.") if s.janus and not s.vq else (s.vq or s.base_folder / "vq.pt", "")
-    vq = build(vq_file, "a VQ tokenizer as LlamaGen's", lambda entries: vq_from_entries(under(part, entries)))
-    grid, rest = divmod(s.image_size, factor := 2 ** (len(vq.config.multipliers) - 1))
-    if rest:
-        raise BadInput(f"--image-size {s.image_size} is no multiple of the tokenizer's factor {factor}")
-    policy_file = s.ckpt or s.base_folder / "policy.pt"
-    if s.janus:
-        with reading(policy_file, "Janus-Pro's folder, with its config.json and tokenizer.json"):
-            sizes = json.loads((Path(s.ckpt) / "config.json").read_text("utf-8"))
-            pad = JanusPrompts(s.ckpt).pad
-        policy = build(policy_file, "Janus-Pro", janus_from_entries, sizes, pad, grid)
+def train(cfg):
+    """A whole run: load, post-train, evaluate, save."""
+    # Processes, folder
+    out, scenes, start, log = Path(cfg.out), cfg.data == "scenes", 0, ""
+    rank, world_size = init_distributed(cfg.device)
+    expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
+    make_folder(out)
+    pairs = None if scenes else list_pairs(Path(cfg.data))
+
+    # Networks, and the captions and real images that the run is watched on
+    policy, vq, text_encoder = load_pretrained(cfg)
+    base_vq = copy.deepcopy(vq)  # what the trained decoder is compared with
+    if scenes:
+        judges = world.Judges(cfg.base, cfg.device)
+        evaluation = world.Evaluation(judges, vq, cfg.eval_samples, cfg.seed, cfg.device)
+        captions, real = evaluation.captions, evaluation.images[:8]
     else:
-        policy = build(policy_file, "LlamaGen's text-to-image policy", policy_from_entries, grid, s.head_size or None)
-    if policy.config.codes != vq.config.codes:
-        raise BadInput(f"{policy_file}: has {policy.config.codes} codes and the tokenizer {vq.config.codes}; give a pair")
-    return policy, vq, device, torch.autocast(device, torch.bfloat16, enabled=bf16)
+        dataset, judges = CaptionedImages(pairs, cfg.image_size), Judges(cfg)
+        captions, real = zip(*(dataset[i % len(dataset)] for i in range(8)))
+        real = to_pixels(real)
+    models = Models(policy, vq, text_encoder, judges, make_autocast(cfg), cfg)
+    N = policy.config.grid_size**2
+    watched_u = uniform(random_stream(cfg.seed, "watched"), len(captions), N).to(cfg.device)
+    decoders = {"base": base_vq} if cfg.method == "rl" else {"base": base_vq, "own": models.vq_ema}
 
-
-def under(prefix, entries):
-    """The entries whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
-
-
-def listen():
-    """The signals received from here on, a list: Ctrl-C and SIGTERM are noted once and wait for the round's end; a second one kills."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return received
-
-
-def ignore_interrupt(worker):
-    """Ctrl-C reaches a terminal's whole process group; a loader's worker must outlive the round."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def agreed(received, device):
-    """The signal that any of the processes received, 0 for none: all stop after the same round."""
-    stop = torch.tensor(max(received, default=0), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-    return stop.item()
-
-
-def join_processes(device):
-    """This process' rank and how many torchrun started; (0, 1) without it."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))  # torchrun ends them sooner
-    return rank, processes
-
-
-def make_folder(path, *claims):
-    """Makes the folder; with `claims`, names of files, makes these too, which must not be there yet. Raises BadInput."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for name in claims:
-            (path / name).touch(exist_ok=False)
-    except OSError as error:
-        raise BadInput(f"--out {path}: cannot be used ({error.strerror}); name another folder") from error
-
-
-@torch.no_grad()
-def paint(policy, decoders, s, autocast, prompts):
-    """Codes (n, N) drawn as rollouts are, for features (n, T, C), text_mask (n, T) and noise (n, 1, N), then what each of the
-    `decoders` makes of them, images (n, 3, H, W)."""
-    with autocast:
-        codes = draw(policy, s, *prompts)[0][:, 0]
-        return codes, *(in_rows(vq.decode, codes, size=s.micro_batch) for vq in decoders)
-
-
-def run(s):
-    """A whole run: load, draw from the base, post-train, draw, write."""
-    out = Path(s.out)
-    if (out / "log.jsonl").exists() and not s.resume:
-        raise BadInput(f"{out} holds a run already; go on with --resume, name another folder with --out, or remove it")
-
-    # Load
-    if s.ckpt or s.data != "scenes":
-        judges = ["reward_weights"] if s.arm == "policy" else ["reward_weights", "vgg", "lpips"]
-        s = find_files(s, captions=False) if s.data == "scenes" else find_files(s, *judges, "data")
-    resume, changed, s = s.resume, s.changed, dataclasses.replace(s, resume=False, changed=False)  # a checkpoint's settings
-    state = newest_checkpoint(out, s, changed) if resume else {"round": 0}
-    results = out / "results.json"
-    rows = json.loads(results.read_text()) if resume and results.exists() else []
-    pictures = lambda done: out / f"pictures-{done:06d}.png"  # the last file of a save
-    if rows and rows[-1]["round"] == s.rounds == state["round"] and pictures(s.rounds).exists():
-        return print_table(rows)  # all done before
-    policy, vq, device, autocast = load_pair(s)
-    if s.data == "scenes" and policy.config.prefix <= len(world.ATTRIBUTES):
-        raise BadInput(f"{s.ckpt}: takes captions of {policy.config.prefix} words; a scene's has more")
-    rank, processes = join_processes(device)
-    if s.data == "scenes":
-        w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
-    else:
-        w = PublicWorld(s, policy.config, device, autocast, state["round"], rank, processes)
-    policy, vq = policy.to(device), vq.to(device)
-    p = Players(policy, vq, w.discriminator, w.scorer, w.perceptual, s, autocast)
-
-    # The base
+    # The base, and where an earlier run stopped
+    tokens, before = sample_images(policy, [base_vq], text_encoder, captions, watched_u, cfg)
+    rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, before)] if scenes else []
+    if cfg.resume:
+        start, rows = load_checkpoint(out, models, world_size)
+        log = "".join((out / "log.jsonl").read_text().splitlines(keepends=True)[:start])
     if rank == 0:
-        make_folder(out)
-    base_vq = copy.deepcopy(vq)  # for the picture of the same codes through both decoders
-    prompts = w.features, w.text_mask, w.noise
-    shown = [tensor[:8] for tensor in prompts]
-    codes, before = paint(policy, [base_vq], s, autocast, prompts if s.measure_base else shown)
-    rows = [row for row in rows if 0 < row["round"] <= state["round"]]
-    if s.data == "scenes" and s.measure_base:
-        rows.insert(0, {"arm": "base", "seed": s.seed, "round": 0, **w.measure(codes, before)})
-
-    def show(done):
-        """All of a save that a checkpoint can make again."""
-        save_networks(out, p, s)
-        _, frozen, ours = paint(policy, [base_vq, p.vq_ema], s, autocast, shown)
-        columns = {"real": w.real[:8], "before": before[:8], "frozen decoder": frozen, NAMES[s.arm]: ours}
-        save_grid(pictures(done), columns, w.captions[:8])
-
-    # Where an earlier run stopped
-    if state["round"]:
-        load_state(p, state)
-    if rank == 0:
-        make_folder(out, *([] if resume else ["log.jsonl"]))
-        if state["round"] and not pictures(state["round"]).exists():
-            show(state["round"])
-        log_path = out / "log.jsonl"
-        lines = log_path.read_text().splitlines()[: state["round"]] if log_path.exists() else []
-        write_whole(log_path, lambda path: path.write_text("".join(line + "\n" for line in lines)))
-        write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1)))
+        atomic_save(out / "log.jsonl", lambda file: file.write(log.encode()))
 
     # Post-train
-    received, skipped = listen(), 0
-    silent = {"disable": True} if rank > 0 else {}  # left out, TQDM_DISABLE decides
-    with open(log_path if rank == 0 else os.devnull, "a") as log_file, tqdm(total=s.rounds, **silent) as bar:
-        bar.update(state["round"])
-        for step in range(state["round"], s.rounds):
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed((s.seed * 10**7 + step) * processes + rank)
-            captions, features, text_mask, images = w.batch(generator)
-            captions, features, text_mask = captions[: s.captions], features[: s.captions], text_mask[: s.captions]
-            images = images[: s.real_images or s.captions]
-            noise = torch.rand(s.captions, s.rollouts, policy.config.grid**2, generator=generator).to(device)
-            log, _ = one_round(p, s, step, captions, features, text_mask, images, noise)
-            log, stop = log | {"seconds": time.perf_counter() - start}, agreed(received, device)
+    if scenes:
+        batches = world.batches(max(cfg.batch_size, cfg.real_batch_size), cfg.seed, start, rank, world_size)
+    else:
+        batches = data_batches(dataset, cfg, start, rank, world_size)
+    received, bad_steps = catch_signals(), 0
+    with contextlib.closing(batches):  # else an exception would leave its workers, and the exit wait for them for ever
+        for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
+            started = time.perf_counter()
+            u = uniform(random_stream(cfg.seed, "rollouts", step, rank), cfg.batch_size, cfg.group_size, N)
+            images = images[: cfg.real_batch_size or cfg.batch_size].to(cfg.device)
+            logs = train_step(models, step_captions[: cfg.batch_size], images, u.to(cfg.device), step, cfg)
+            logs["seconds"] = time.perf_counter() - started
 
-            wrong = [name for name, value in log.items() if not math.isfinite(value)]
-            skipped = skipped + 1 if wrong else 0
-            if skipped == s.patience:
-                where = f"round {step + 1}: {', '.join(wrong)} not finite, {skipped} times in a row"
-                sys.exit(f"train.py: {where}; {out} keeps what was saved")
+            stop, done, last = any_process(max(received, default=0), cfg.device), step + 1, step + 1 == cfg.max_steps
+            bad_steps = 0 if all(map(math.isfinite, logs.values())) else bad_steps + 1
             if rank == 0:
-                print(json.dumps({"round": step + 1} | log | dict.fromkeys(wrong)), file=log_file, flush=True)  # JSON has no NaN
-                line = "  ".join(f"{short} {log[name]:7.3g}" for name, short in SHOWN.items() if name in log)
-                bar.write(
-                    f"round {step + 1:4d}/{s.rounds}  {line}"
-                    + f"  NO UPDATE ({skipped} in a row): {', '.join(wrong)}" * bool(wrong)
-                )
-            bar.update()
-            last = step + 1 == s.rounds
-            if rank == 0 and s.data == "scenes" and (last or s.measure_every and (step + 1) % s.measure_every == 0):
-                measured = w.measure(*paint(policy, [p.vq_ema], s, autocast, prompts))
-                rows.append({"arm": NAMES[s.arm], "seed": s.seed, "round": step + 1, **measured})
-                write_whole(results, lambda path: path.write_text(json.dumps(rows, indent=1)))
-            if rank == 0 and (stop or (step + 1) % s.save_every == 0 or last):
-                save_state(out, p, s, step + 1)
-                show(step + 1)
+                log_step(out / "log.jsonl", done, cfg, logs)
+            if bad_steps == 5:
+                sys.exit(f"train.py: numbers were not finite 5 steps in a row; {out} keeps what was saved")
+            if rank == 0 and scenes and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
+                tokens, *drawn = sample_images(policy, decoders.values(), text_encoder, captions, watched_u, cfg)
+                for name, x in zip(decoders, drawn):
+                    rows.append({"method": cfg.method, "decoder": name, "step": done} | evaluation(tokens, x))
+                atomic_save(out / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
+            if rank == 0 and (stop or last or done % cfg.save_every == 0):
+                _, *drawn = sample_images(policy, decoders.values(), text_encoder, captions[:8], watched_u[:8], cfg)
+                columns = {"real": real, "base": before[:8]}
+                columns |= {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
+                save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
+                export(out, models, cfg)
+                save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole
             if stop:
-                bar.write(f"stopped after round {step + 1}; --resume goes on")
-                if processes > 1:
+                if world_size > 1:
                     dist.barrier()  # torchrun ends the others when one has gone, and the first may still be saving
                 sys.exit(128 + stop)
-    if rank > 0:
-        return
-
-    # What came of it
-    if s.data == "scenes":
+    if rank == 0 and scenes:
         print_table(rows)
-    if device == "cuda":
-        print(f"\nPeak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
-    print(f"\nPictures, log and checkpoints are in {out}")
+    if rank == 0 and cfg.device == "cuda":
+        print(f"peak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
 
 
-# ---- pictures from a checkpoint ----------------------------------------------------------------------------------------
-
-
-# What decides a picture.
-DRAWN_WITH = ["ckpt", "vq", "seed", "guidance", "temperature", "top_k", "image_size", "head_size", "precision"]
-DRAWN_WITH += ["data", "count", "sample", "prompts", "layout"]
-
-
-def claim_pictures(s):
-    """Notes in --out what its pictures are drawn with, files by their contents. Raises BadInput where they are another command's."""
-    note = Path(s.out) / "pictures.json"
-    now = {name: getattr(s, name) for name in DRAWN_WITH} | {"sample": list(s.sample)}  # JSON has no tuples
-    now |= {
-        name: metrics.file_hash(now[name])
-        for name in ("ckpt", "vq", "prompts", "data")
-        if Path(now[name]).is_file() or name == "ckpt" and is_janus(now[name])
-    }
-    was = json.loads(note.read_text()) if note.exists() else now
-    if was["count"] < s.count:  # more are drawn beside those
-        was["count"] = s.count
-    if other := differences(was, now):
-        raise BadInput(f"--out {s.out} holds pictures drawn with {other}; give that again, or name another folder")
-    make_folder(Path(s.out))
-    write_whole(note, lambda path: path.write_text(json.dumps(now)))
-
-
-def write_picture(path, image, codes):
-    make_folder(path.parent)
-    write_whole(path.with_suffix(".npy"), lambda temporary: np.save(temporary, codes.cpu().numpy()))
-    write_whole(path, lambda temporary: to_picture(image).save(temporary, "PNG"))
-
-
-def write_pictures(s, pair, paths, features_of):
-    """A picture at each path that is not there yet, from text features `features_of(i)` (n, C), and its codes (N,) beside it as .npy.
-
-    Picture i is a function of the files, the settings and i alone (but for rounding), whatever else is drawn and in how many goes.
-    """
-    policy, vq, device, autocast = pair
-    policy, vq, N = policy.to(device), vq.to(device), policy.config.grid**2
-    lacking = [i for i, path in enumerate(paths) if not path.exists()]
-    for chunk in tqdm([lacking[i : i + s.sample_batch] for i in range(0, len(lacking), s.sample_batch)], "pictures"):
-        features, text_mask = left_pad([features_of(i) for i in chunk], policy.config.prefix)
-        noise = [torch.rand(1, N, generator=torch.Generator().manual_seed(s.seed * 10**7 + i)) for i in chunk]
-        prompts = [tensor.to(device) for tensor in (features, text_mask, torch.stack(noise))]
-        codes, images = paint(policy, [vq], s, autocast, prompts)
-        for path, code, image in zip([paths[i] for i in chunk], codes, images):
-            write_picture(path, image, code)
-
-
-def read_prompts(s):
-    """The captions of --sample and --prompts, and GenEval's own line for each of its captions."""
-    with reading(f"--prompts {s.prompts}", "a caption a line, or GenEval's .jsonl for its layout"):
-        lines = [line for line in Path(s.prompts).read_text("utf-8").split("\n") if line.strip()] if s.prompts else []
-        captions = [json.loads(line)["prompt"] for line in lines] if s.layout == "geneval" else lines
-    if not captions and not s.sample:
-        raise BadInput(f"--prompts {s.prompts}: holds no caption; expected one a line")
-    return [*s.sample, *captions], [json.dumps({"prompt": text}) for text in s.sample] + lines
-
-
-def write_samples(s):
-    """Pictures of each caption in --sample and --prompts, in --out: one, or four in GenEval's layout."""
-    s = find_files(dataclasses.replace(s, t5_features=""), captions=s.data != "scenes") if s.ckpt or s.data != "scenes" else s
-    captions, lines = read_prompts(s)
-    pair = load_pair(s)
-    policy, _, device, autocast = pair
-    c, out = policy.config, Path(s.out)
-    if s.data == "scenes":
-        for text in captions:
-            if not 0 < len(text.split()) <= c.prefix or not set(text.split()) <= set(world.VOCABULARY):
-                known = ", ".join(world.VOCABULARY[1:-1])
-                raise BadInput(f"--sample {text!r}: the embedded world reads 1 to {c.prefix} of the words {known}")
-        features = world.word_features(captions, c.caption_dim)
-    else:
-        some = map(JanusPrompts(s.ckpt), captions) if s.janus else t5_features(s.t5, captions, c.prefix, device, autocast)
-        features = list(some)
-    if s.layout == "geneval":
-        claim_pictures(s)
-        for i, line in enumerate(lines):
-            make_folder(out / f"{i:05d}")
-            write_whole(out / f"{i:05d}" / "metadata.jsonl", lambda path: path.write_text(line, "utf-8"))
-        paths = [out / f"{i:05d}" / "samples" / f"{k:04d}.png" for i in range(len(captions)) for k in range(4)]
-    else:
-        plain = [re.sub("[^a-z0-9]+", " ", text.lower())[:60].strip() for text in captions]
-        paths = [out / f"{i:05d} {text}.png" for i, text in enumerate(plain)]
-        for path in paths:
-            path.unlink(missing_ok=True)  # a few pictures: what another seed or checkpoint made is made again
-    write_pictures(s, pair, paths, lambda i: features[i * len(captions) // len(paths)])
-    print(*paths, sep="\n")
-
-
-def drawing_protocol(s):
-    """Lines that say how pictures were drawn, and from which files."""
-    yield f"seed {s.seed}, guidance {s.guidance}, top-k {s.top_k}, temperature {s.temperature}"
-    yield f"{s.image_size} px; real pictures: middle squares, resized with Lanczos"
-    yield from (metrics.file_hash(file) for file in (s.ckpt, s.vq) if file)
-
-
-# The paper's row of a public file: MS-COCO, 30,000 pictures.
-PAPER = {
-    "t2i_XL_stage1_256.pt": {"CLIP": 31.54, "FID": 15.24, "token KL": 0.091},
-    "Janus-Pro-1B": {"CLIP": 33.20, "FID": 18.95},
-}
-
-
-def evaluate(s):
-    """What the paper reports of a checkpoint: draws a picture for --count captions, each of another image, and measures them."""
-    if s.data == "scenes":
-        policy, vq, device, autocast = load_pair(s := find_files(s, captions=False))
-        w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
-        codes, images = paint(policy.to(device), [vq], s, autocast, (w.features, w.text_mask, w.noise))
-        print_table([{"checkpoint": Path(s.ckpt).parent.name[:14], **w.measure(codes, images)}])
-        print(f"\n{s.samples} scenes; Fréchet distances by the embedded world's own feature net, not Inception")
-        return print(*drawing_protocol(s), sep="\n")
-    s, out = find_files(s, "clip_b32", "inception", "data"), Path(s.out)
-    pair = load_pair(s)
-    build(s.clip_b32, "the scorer CLIP", metrics.clip_from_entries, *REWARDS["clip"])  # refused now, not after a day
-    metrics.inception(s.inception)
-    pairs, skipped = list_pairs(s.data)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    chosen = list({pairs[i][1]: pairs[i] for i in order}.values())[: s.count]  # one caption an image
-    policy, vq, device, autocast = pair
-    claim_pictures(s)
-    stream, names = Pairs(chosen, pairs_features(s, chosen, policy.config, device, autocast), s.image_size, s.seed), {}
-    for name, image, caption in tqdm(chosen, "real pictures"):
-        path = out / "real" / f"{name}.png"
-        try:
-            if not path.exists():
-                real = stream.read(name, image, caption)[2].to(device)
-                write_picture(path, real, vq.to(device).encode(real[None])[0])
-            names[name] = caption
-        except metrics.UNREADABLE as error:
-            skipped.append(f"{name}: {first_line(error)}")
-    for i, line in enumerate(skipped, 1):
-        print(f"skipped {line} ({i} so far)", file=sys.stderr)
-    write_whole(out / "captions.json", lambda path: path.write_text(json.dumps(names), "utf-8"))
-    paths = [out / "samples" / f"{name}.png" for name in names]
-    drawn_for = [(caption, name) for name, caption in names.items()]
-    write_pictures(s, pair, paths, lambda i: stream.features_of(*drawn_for[i]))
-
-    drawn, real, common = out / "samples", out / "real", {"workers": s.workers, "device": device}
-    results = [
-        metrics.clip(drawn, captions=out / "captions.json", weights=s.clip_b32, **common),
-        metrics.fid(drawn, real, weights=s.inception, image_size=min(s.image_size, 256), **common),  # published at 256 px
-        metrics.shift(drawn, real, codes=policy.config.codes, **common),
-    ]
-    row = {"checkpoint": Path(s.ckpt).name[:14], **{name: value for numbers, _ in results for name, value in numbers.items()}}
-    paper = PAPER.get(Path(s.ckpt).name, {})
-    print_table([row] + [{name: paper.get(name, "") for name in row} | {"checkpoint": "paper"}] * bool(paper))
-    print(f"\nDrawn for {len(names)} captions of {s.data}, one an image", *drawing_protocol(s), sep="\n")
-    print(*(line for _, protocol in results for line in protocol), sep="\n")
-
-
-# ---- all arms beside each other ----------------------------------------------------------------------------------------
-
-# Name → the options that make it of RankE. All have the same base, seeds and number of rollouts.
-ARMS = {
-    "real images": "--arm decoder --lambda-d 0 --lambda-c 0 --gan none --fakes reconstruction",  # a decoder trained longer
-    "standard RL": "--arm policy",
-    "decoder only": "--arm decoder --gan rank",
-    "uniform GAN": "--arm both --gan uniform",
-    "RankE": "--arm both --gan rank",
-}
-
-
-def side_by_side(commands, at_once):
-    """Runs this program with each list of options, `at_once` at a time with a core each. Where one fails, or this process is
-    told to stop, all end after their round and a save, and this one with the same status."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    received, waiting, running, status = listen(), list(commands), [], 0
-    with tqdm(total=len(commands), unit="run") as bar:
-        while not status and (running or waiting):
-            while waiting and len(running) < at_once:
-                command = [sys.executable, __file__, *map(str, waiting.pop(0))]
-                # A session of its own: what a child has started ends with it, and Ctrl-C reaches it through this process alone.
-                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True))
-            time.sleep(0.2)
-            status = 128 + received[0] if received else max(abs(child.poll() or 0) for child in running)
-            still = [child for child in running if child.poll() is None]
-            if len(still) < len(running):
-                bar.update(len(running) - len(still))
-            running = still
-    for child in running:
-        os.killpg(child.pid, signal.SIGTERM)
-    for child in running:
-        child.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if status:
-        sys.exit(status)
-
-
-def compare(s, arguments):
-    """Every arm with every seed, each an ordinary run in a folder of its own; then the table and the figures."""
-    if s.data != "scenes":
-        raise BadInput("--compare: the arms are compared on the embedded world; leave --data out")
-    if not importlib.util.find_spec("matplotlib"):
-        raise BadInput("--compare draws figures: pip install matplotlib")
-    out, seeds = Path(s.out), range(s.seed, s.seed + s.seeds)
-    make_folder(out, *([] if s.resume else ["results.json"]))
-    folders = {seed: {arm: out / f"seed-{seed}" / arm.replace(" ", "-") for arm in ARMS} for seed in seeds}
-    bases = {seed: out / f"seed-{seed}" / "base" if s.pretrain else s.base_folder for seed in seeds}
-    command = lambda seed: [*arguments, "--no-compare", "--no-pretrain", "--seeds", 1, "--seed", seed, "--base", bases[seed]]
-    lacking = [seed for seed in seeds if s.pretrain and not (bases[seed] / "judges.pt").exists()]
-    side_by_side([[*command(seed), "--pretrain"] for seed in lacking], 1)  # each has two processes of its own
-    # A seed's arms have the same base; one of them measures it.
-    measured = lambda arm: ["--measure-every", s.measure_every, "--measure-base" if arm == "RankE" else "--no-measure-base"]
-    own = lambda seed, arm: ["--resume", *measured(arm), "--out", folders[seed][arm], *ARMS[arm].split()]
-    side_by_side([command(seed) + own(seed, arm) for seed in seeds for arm in ARMS], os.cpu_count())
-
-    rows, swaps = [], []
-    for seed in seeds:
-        found = {arm: json.loads((folder / "results.json").read_text()) for arm, folder in folders[seed].items()}
-        rows += [found["RankE"][0], *(row | {"arm": arm} for arm in ARMS for row in found[arm] if row["round"])]
-        swaps += swap(dataclasses.replace(s, seed=seed, base=str(bases[seed])), folders[seed])
-    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(rows + swaps, indent=1)))
-    print_comparison(rows)
-    draw_pareto(out / "pareto.png", rows)
-    draw_swap(out / "swap.png", swaps)
-    print(f"\nTable, figures and all runs are in {out}")
-
-
-def swap(s, folders):
-    """Measurements of every policy of one seed through every decoder, a row each; `folders`: arm → that of its run."""
-    pairs = {"base": load_pair(s)}
-    for arm, folder in folders.items():
-        pairs[arm] = load_pair(dataclasses.replace(s, ckpt=str(folder / "policy.pt"), vq=str(folder / "vq_ema.pt")))
-    policy, vq, device, autocast = pairs["base"]
-    w = world.Scenes(read_checkpoint(s.base_folder / "judges.pt"), s, policy.config, vq.to(device), device)
-    decoders = {arm: pair[1].to(device) for arm, pair in pairs.items() if arm != "standard RL"}  # which has the base's
-    rows = []
-    for arm, (policy, *_) in pairs.items():
-        if "--arm decoder" not in ARMS.get(arm, ""):  # these have the base's policy
-            codes, *painted = paint(policy.to(device), decoders.values(), s, autocast, (w.features, w.text_mask, w.noise))
-            measured = [w.measure(codes, images) for images in painted]
-            rows += [{"policy": arm, "decoder": other, "seed": s.seed} | row for other, row in zip(decoders, measured)]
-    return rows
-
-
-def print_comparison(rows):
-    """Means ± standard deviations over the seeds after the last round, then differences within a seed ± standard errors."""
-    last = {(row["arm"], row["seed"]): row for row in rows}  # a later round's row replaces an earlier one's
-    names, seeds = list(rows[0])[3:], sorted({row["seed"] for row in rows})
-    for title, reference in {"": "", "minus base": "base", "minus standard RL": "standard RL"}.items():
-        spread = lambda cell: np.std(cell, ddof=len(seeds) > 1) / (len(seeds) ** 0.5 if reference else 1)
-        print("\n" + f"{title:18}" + "".join(f"{name:>19}" for name in names))
-        for arm in ["base", *ARMS]:
-            cells = [[last[arm, n][name] - (last[reference, n][name] if reference else 0) for n in seeds] for name in names]
-            print(f"{arm:18}" + "".join(f"{np.mean(cell):10.3f} ± {spread(cell):6.3f}" for cell in cells))
-
-
-def mean_over_seeds(rows, name, **match):
-    return np.mean([row[name] for row in rows if all(row[key] == value for key, value in match.items())])
-
-
-def draw_pareto(path, rows):
-    """The paper's Pareto picture: reward against distance, a line an arm from the base over its rounds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((6, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="CLIP ×100 (higher is better)", ylabel="Fréchet distance (lower is better)")
-    rounds = sorted({row["round"] for row in rows} - {0})
-    for arm in ARMS:
-        points = [("base", 0), *((arm, n) for n in rounds)]
-        line = [[mean_over_seeds(rows, name, arm=a, round=n) for a, n in points] for name in ("clip", "frechet")]
-        axes.plot(*line, "o-", markersize=3, label=arm)
-    axes.legend()
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
-def draw_swap(path, rows):
-    """The swap matrix: the distance, and CLIP, of each policy through each decoder."""
-    from matplotlib.figure import Figure
-
-    policies, decoders = (list(dict.fromkeys(row[side] for row in rows)) for side in ("policy", "decoder"))
-    clip, distance = (
-        np.array([[mean_over_seeds(rows, name, policy=p, decoder=d) for d in decoders] for p in policies])
-        for name in ("clip", "frechet")
-    )
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="decoder", ylabel="policy", title="Fréchet distance (CLIP ×100)")
-    axes.set_xticks(range(len(decoders)), decoders)
-    axes.set_yticks(range(len(policies)), policies)
-    axes.imshow(distance, cmap="RdYlGn_r", aspect="auto")
-    for y, x in np.ndindex(distance.shape):
-        axes.text(x, y, f"{distance[y, x]:.1f}\n({clip[y, x]:.1f})", ha="center", va="center")
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
-def main():
+def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
     try:
-        settings = parse_settings(sys.argv[1:])
-        if settings.compare:
-            compare(settings, sys.argv[1:])
-        elif settings.pretrain:
-            make_folder(settings.base_folder)
-            for name, content in world.pretrain(settings.seed).items():  # judges.pt is the last: with it the base is whole
-                write_whole(settings.base_folder / name, lambda path: torch.save(content, path))
-        elif settings.evaluate:
-            evaluate(settings)
-        elif settings.sample or settings.prompts:
-            write_samples(settings)
+        cfg = resolve_files(parse_config(argv))
+        if cfg.sample:
+            sample(cfg)
         else:
-            run(settings)
-    except BadInput as error:
+            train(cfg)
+    except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # a run takes it otherwise, see `listen`
-        print("train.py: stopped; the same command goes on where it writes pictures, and begins again elsewhere", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,33 @@
-"""The tokenizer: a VQ-GAN's encoder, codebook and decoder D_φ, with the two networks that train it, PatchGAN and LPIPS.
+"""The tokenizer: a VQ-GAN's encoder, codebook and decoder D_φ, with the two networks that train it, PatchGAN
+and LPIPS.
 
-The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for entry, so that `vq_ds16_t2i.pt` loads strictly:
+The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for entry, so `vq_ds16_t2i.pt`
+loads strictly:
 
-    file               channels  multipliers  factor  codes      parameters
-    scenes/vq.pt             32  1,1,2             4  512 × 8         0.9 M
-    vq_ds16_t2i.pt          128  1,1,2,2,4        16  16384 × 8      72   M
+    file                 ch  ch_mult      factor  codebook   parameters
+    scenes/vq.pt         32  1,1,2,2           8    512 × 8       1.3 M
+    vq_ds16_t2i.pt      128  1,1,2,2,4        16  16384 × 8        72 M
 
 Codebook and latents are l2-normalized on both sides, so the nearest code is the one of largest cosine.
-Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so that a picture's verdict depends neither on the
-pictures beside it nor on train() and eval(), and several processes need not share statistics.
+Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so an image's logits depend neither on
+the images beside it nor on train() and eval(), and several processes need not share statistics.
 
-Axes: B images, N = h·w codes, D code size. Pixels are in [-1, 1].
+Axes: B images, N = h·w codes, D code dimensions. Pixels are in [-1, 1]. Checkpoint files are read here too
+(last section).
 """
 
+import argparse
+import contextlib
+import os
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 from torchvision.models import vgg16
 from torchvision.transforms import Normalize
@@ -25,120 +35,133 @@ from torchvision.transforms import Normalize
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ-GAN. Each level after the first halves the resolution, so a code stands for 2^(levels − 1) pixels a side."""
+    """Sizes of a VQ-GAN. Each level after the first halves the resolution: a code stands for 2^(levels − 1)
+    pixels a side.
+    """
 
-    channels: int = 32
-    multipliers: tuple = (1, 1, 2)
-    blocks: int = 1  # residual blocks a level; the decoder has one more
-    latent: int = 64  # channels between the convolutions and the codebook's projection
-    codes: int = 512
-    code_size: int = 8
+    ch: int = 128
+    ch_mult: tuple = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2  # a level's; the decoder has one more
+    z_channels: int = 256  # between the convolutions and the codebook's projection
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    norm_groups: int = 32  # of GroupNorm; not seen in the shapes
 
 
-# ---- VQ-GAN ------------------------------------------------------------------------------------------------------------
+# ---- VQ-GAN ----------------------------------------------------------------------------------------------------------
 
 
 def group_norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, inside, outside):
+class ResnetBlock(nn.Module):
+    def __init__(self, in_ch, out_ch):
         super().__init__()
-        self.norm1 = group_norm(inside)
-        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
-        self.norm2 = group_norm(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
-        if inside != outside:
-            self.nin_shortcut = nn.Conv2d(inside, outside, 1)
+        self.norm1 = group_norm(in_ch)
+        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.norm2 = group_norm(out_ch)
+        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
-class AttentionBlock(nn.Module):
-    def __init__(self, channels):
+class AttnBlock(nn.Module):
+    def __init__(self, ch):
         super().__init__()
-        self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.norm = group_norm(ch)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(ch, ch, 1) for _ in range(4))
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, h·w, channels)
+        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # (B, 1, h·w, ch)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).view_as(x)
         return x + self.proj_out(h)
 
 
-def downsample(channels):
+def downsample(ch):
     """Half the resolution; padded right and below only, as in VQ-GAN."""
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(ch, ch, 3, stride=2)))
 
 
-def upsample(channels):
-    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1)))
+def upsample(ch):
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(ch, ch, 3, padding=1)))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where `attend`, then a change of resolution."""
+    """Residual blocks at one resolution, each followed by attention where `attend`."""
 
-    def __init__(self, inside, outside, blocks, attend, resample=None):
+    def __init__(self, in_ch, out_ch, num_res_blocks, attend):
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(outside if i else inside, outside) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outside) for _ in range(blocks if attend else 0))
-        self.resample = resample[0] if resample else None  # the name it has in files
-        if resample:
-            self.add_module(*resample)
+        self.res = nn.ModuleList(ResnetBlock(in_ch if i == 0 else out_ch, out_ch) for i in range(num_res_blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_ch) if attend else nn.Identity() for _ in range(num_res_blocks))
 
     def forward(self, x):
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return getattr(self, self.resample)(x) if self.resample else x
+        for block, attn in zip(self.res, self.attn):
+            x = attn(block(x))
+        return x
 
 
-def middle(channels):
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+def mid(ch):
+    return nn.Sequential(ResnetBlock(ch, ch), AttnBlock(ch), ResnetBlock(ch, ch))
 
 
-def levels(first, widths, blocks, lowest, name, resample):
-    """A chain of `Level`s, each but the last followed by `resample` under `name`; attention is at the `lowest` resolution."""
-    chain, last = enumerate(zip([first, *widths], widths)), len(widths) - 1
-    return nn.Sequential(*(Level(a, b, blocks, i == lowest, (name, resample(b)) if i < last else None) for i, (a, b) in chain))
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to (B, z_channels, h, w); attention at the lowest resolution only."""
 
-
-def encoder(c):
-    """Images (B, 3, H, W) to (B, latent, h, w). The names are the entries'; the SiLU is in no file."""
-    widths = [c.channels * m for m in c.multipliers]
-    chain = levels(c.channels, widths, c.blocks, len(widths) - 1, "downsample", downsample)
-    layers = {"conv_in": nn.Conv2d(3, c.channels, 3, padding=1), "conv_blocks": chain, "mid": middle(widths[-1])}
-    layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": nn.Conv2d(widths[-1], c.latent, 3, padding=1)}
-    return nn.Sequential(OrderedDict(layers))
-
-
-def decoder(c):
-    """D_φ, (B, latent, h, w) to images (B, 3, H, W)."""
-    widths = [c.channels * m for m in reversed(c.multipliers)]
-    chain = levels(widths[0], widths, c.blocks + 1, 0, "upsample", upsample)
-    layers = {"conv_in": nn.Conv2d(c.latent, widths[0], 3, padding=1), "mid": middle(widths[0]), "conv_blocks": chain}
-    layers |= {"norm_out": group_norm(widths[-1]), "silu": nn.SiLU(), "conv_out": LastConv(widths[-1], 3, 3, padding=1)}
-    return nn.Sequential(OrderedDict(layers))
-
-
-class LastConv(nn.Conv2d):
-    """A convolution in float32 whatever autocast says: in bf16 it would paint in steps of half an 8-bit level."""
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i, (in_ch, out_ch) in enumerate(zip([config.ch, *widths], widths)):
+            lowest = i == len(widths) - 1
+            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, attend=lowest))
+            self.conv_blocks[i].downsample = nn.Identity() if lowest else downsample(out_ch)
+        self.mid = mid(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+        h = self.conv_in(x)
+        for level in self.conv_blocks:
+            h = level.downsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """D_φ: (B, z_channels, h, w) to images (B, 3, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * mult for mult in reversed(config.ch_mult)]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = mid(widths[0])
+        self.conv_blocks = nn.ModuleList()
+        for i, (in_ch, out_ch) in enumerate(zip([widths[0], *widths], widths)):
+            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks + 1, attend=i == 0))
+            self.conv_blocks[i].upsample = upsample(out_ch) if i < len(widths) - 1 else nn.Identity()
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for level in self.conv_blocks:
+            h = level.upsample(level(h))
+        h = F.silu(self.norm_out(h))
+        # In float32 whatever autocast says: bf16 would paint in steps of half an 8-bit level.
+        with torch.autocast(h.device.type, enabled=False):
+            return self.conv_out(h.float())
 
 
 class Codebook(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embedding = nn.Embedding(config.codes, config.code_size)
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
         self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage statistic; carried, never read
 
     def vectors(self):
@@ -157,100 +180,234 @@ class VQModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = encoder(config)
-        self.quant_conv = nn.Conv2d(config.latent, config.code_size, 1)
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantize = Codebook(config)
-        self.post_quant_conv = nn.Conv2d(config.code_size, config.latent, 1)
-        self.decoder = decoder(config)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+        for norm in (module for module in self.modules() if isinstance(module, nn.GroupNorm)):
+            norm.num_groups = config.norm_groups
 
-    def latents(self, images):
-        """Images (B, 3, H, W) to latents (B, D, h, w) before quantization and normalization."""
+    def encode_latents(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, D, h, w) before normalization and quantization."""
         return self.quant_conv(self.encoder(images))
 
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] to codes (B, N), row by row."""
-        return self.quantize.nearest(self.latents(images))
+        return self.quantize.nearest(self.encode_latents(images))
 
     def decode_latents(self, latents):
-        """Unit latents (B, D, h, w) to images (B, 3, H, W), float32, about [-1, 1] (not clamped: that would cut gradients)."""
+        """Unit latents (B, D, h, w) to images (B, 3, H, W), about [-1, 1]; not clamped, which would cut
+        gradients.
+        """
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, codes):
-        """Codes (B, N) of a square image to images (B, 3, H, W)."""
-        side = round(codes.shape[1] ** 0.5)
-        z = self.quantize.vectors()[codes].transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
+        """Codes (B, N) of a square image to images (B, 3, H, W), float32."""
+        h = round(codes.shape[1] ** 0.5)
+        z = self.quantize.vectors()[codes].transpose(1, 2).unflatten(2, (h, h))  # (B, D, h, w)
         return self.decode_latents(z)
 
-    def moving_parameters(self):
-        """What RankE's stage 2 trains: D and the post-quantization convolution. Encoder and codebook define the tokens and stay."""
+    def decoder_parameters(self):
+        """What stage 2 trains: D and the post-quantization convolution. Encoder and codebook define the
+        tokens and stay.
+        """
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
 
-def vq_from_entries(entries):
-    """A VQ-GAN from a state dict in LlamaGen's layout; sizes from the shapes.
+def load_vq(state_dict, norm_groups=32):
+    """A VQ-GAN from LlamaGen's layout, or from Janus-Pro's, which has it under `gen_vision_model.`; sizes
+    from the shapes.
 
-    Raises KeyError for a missing entry and RuntimeError (PyTorch's, naming each) for missing, surplus or misshapen ones.
+    Raises KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus or
+    misshapen ones.
     """
-    channels = entries["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max((int(name.split(".")[2]) for name in entries if name.startswith("encoder.conv_blocks.")), default=-1)
-    firsts = [entries[f"encoder.conv_blocks.{i}.res.0.conv1.weight"] for i in range(levels)]
-    multipliers = tuple(first.shape[0] // channels for first in firsts)
-    blocks = sum(name.startswith("encoder.conv_blocks.0.res.") and name.endswith("conv1.weight") for name in entries)
-    config = VQConfig(
-        channels, multipliers, blocks, len(entries["encoder.conv_out.weight"]), *entries["quantize.embedding.weight"].shape
-    )
-    with torch.device("meta"):
-        vq = VQModel(config)
+    prefix = "gen_vision_model."
+    if any(name.startswith(prefix) for name in state_dict):
+        state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    levels = range(count_layers(state_dict, "encoder.conv_blocks."))
+    widths = [len(state_dict[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) for i in levels]
+    ch, z_channels = len(state_dict["encoder.conv_in.weight"]), len(state_dict["encoder.conv_out.weight"])
+    num_res_blocks = count_layers(state_dict, "encoder.conv_blocks.0.res.")
+    codebook_size, codebook_dim = state_dict["quantize.embedding.weight"].shape
+    sizes = (num_res_blocks, z_channels, codebook_size, codebook_dim, norm_groups)
+    config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
-    vq.load_state_dict(statistic | entries, strict=True, assign=True)
-    return vq.float()
+    return build(lambda: VQModel(config), statistic | state_dict)
 
 
-# ---- the networks that judge a decoder ---------------------------------------------------------------------------------
+# ---- the networks that judge a decoder -------------------------------------------------------------------------------
 
 
-def patch_discriminator(channels=64, halvings=3, kernel=4):
-    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
+def patch_discriminator(ndf=64, n_layers=3, kernel=4):
+    """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
 
-    With kernel 4, `halvings` = 3 sees 70 pixels (VQ-GAN's size); with kernel 3, `halvings` = 1 sees 11.
+    With kernel 4 a patch of `n_layers` = 3 has 70 pixels a side (VQ-GAN's size), with kernel 3 and 2 layers
+    25.
     """
-    widths = [channels * min(2**i, 8) for i in range(halvings + 1)]
-    layers = [nn.Conv2d(3, channels, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i, (before, width) in enumerate(zip(widths, widths[1:])):
-        stride = 2 if i < halvings - 1 else 1
-        layers += [nn.Conv2d(before, width, kernel, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+    widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
+    layers = [nn.Conv2d(3, ndf, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for i in range(n_layers):
+        stride = 2 if i < n_layers - 1 else 1
+        layers.append(nn.Conv2d(widths[i], widths[i + 1], kernel, stride, padding=1, bias=False))
+        layers.extend([nn.GroupNorm(8, widths[i + 1]), nn.LeakyReLU(0.2)])
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924).
 
-    `stages` follow each other, images to feature maps; `weights` holds a non-negative number a channel for each stage.
+    `slices` follow each other, images to feature maps; `weights` holds a non-negative number a channel for
+    each slice.
     """
 
-    def __init__(self, stages, weights):
+    def __init__(self, slices, weights):
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        self.slices = nn.ModuleList(slices)
         self.weights = nn.ParameterList(weights)
+        self.requires_grad_(False)
 
     def forward(self, a, b):
         """Distances (B,) between images a and b (B, 3, H, W) in [-1, 1]."""
-        total = 0.0
-        for stage, weight in zip(self.stages, self.weights):
-            a, b = stage(a), stage(b)
+        distance = 0.0
+        for features, weight in zip(self.slices, self.weights):
+            a, b = features(a), features(b)
             x, y = (f.float() / (f.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
-            total = total + ((x - y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
-        return total
+            distance = distance + ((x - y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+        return distance
 
 
-def lpips_from_entries(vgg, linear):
-    """LPIPS from torchvision's VGG16 entries and the five linear layers (`vgg.pth` of the lpips package). Raises like `vq_from_entries`."""
-    with torch.device("meta"):  # the classifier's 500 MB never exist
-        layers = vgg16(weights=None).features[:30]
-    entries = {name.removeprefix("features."): value for name, value in vgg.items() if name.startswith("features.")}
-    layers.load_state_dict(entries, strict=True, assign=True)
-    # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]; a stage ends with the last ReLU before a pooling.
+def load_lpips(vgg_state_dict, linear_state_dict):
+    """LPIPS from torchvision's VGG16 and the five linear layers (`vgg.pth` of the lpips package). Raises like
+    `load_vq`.
+    """
+    features = {n.removeprefix("features."): x for n, x in vgg_state_dict.items() if n.startswith("features.")}
+    layers = build(lambda: vgg16(weights=None).features[:30], features)
+    # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]; a slice ends with the last ReLU
+    # before a pooling.
     normalize = Normalize([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
-    stages = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
-    return LPIPS(stages, [linear[f"lin{i}.model.1.weight"].flatten() for i in range(5)]).float().requires_grad_(False)
+    slices = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
+    return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().flatten() for i in range(5)])
+
+
+# ---- checkpoint files ------------------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """What the user gave (an option, a file, data) cannot be used. One line: the thing, what was expected,
+    what to do.
+    """
+
+
+def expect(condition, message):
+    """Raises InputError where what the user gave is not as it must be."""
+    if not condition:
+        raise InputError(message)
+
+
+@contextlib.contextmanager
+def reading(path, expected, errors=Exception):
+    """An InputError of what is raised inside: a *library* meets damage with any of a dozen types. Nothing of
+    ours is inside.
+    """
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{path}: cannot be read ({error!r:.300}); expected {expected}") from error
+
+
+def read_checkpoint(path):
+    """What torch.save or safetensors wrote, mapped and not copied. Raises InputError, also for a pickle that
+    would run code.
+    """
+    with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
+        with open(path, "rb") as file:
+            expect(not file.read(9).startswith((b"version h", b"<")), "is text: a Git-LFS pointer or a web page")
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def load_state_dict(path):
+    """Tensors by name out of a checkpoint's file or folder: bare or under model, module or state_dict,
+    wrappers' prefixes off.
+
+    A folder's files are parts of one whole: one that lacks is missed by its entries' names.
+    """
+    state_dict, folder = {}, Path(path)
+    for part in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")) or [path]:
+        content = read_checkpoint(part)
+        for key in ("model", "module", "state_dict"):
+            content = content.get(key, content) if isinstance(content, dict) else {}
+        tensors = content and all(isinstance(x, torch.Tensor) for x in content.values())
+        expect(tensors, f"{part}: holds other things than tensors by name")
+        state_dict |= content
+    while all(name.startswith(("module.", "_orig_mod.")) for name in state_dict):  # DDP's, torch.compile's
+        state_dict = {name.split(".", 1)[1]: x for name, x in state_dict.items()}
+    return state_dict
+
+
+def load(path, loader, *args):
+    """loader(state dict of the file, *args); entries that are missing, surplus or misshapen are said in one
+    line.
+    """
+    state_dict = load_state_dict(path)
+    with reading(path, f"what {loader.__name__} reads", (InputError, KeyError, RuntimeError, TypeError, ValueError)):
+        return loader(state_dict, *args)
+
+
+def count_layers(state_dict, prefix):
+    """How many layers PREFIX0., PREFIX1., … there are."""
+    return len({name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)})
+
+
+def build(make_module, state_dict):
+    """The module that make_module() builds, here without memory, with these weights in float32; every entry
+    must fit.
+    """
+    with torch.device("meta"):
+        module = make_module()
+    module.load_state_dict(state_dict, assign=True)
+    return module.float()
+
+
+def download(source):
+    """The path of a public file, fetched once by the library that knows it; raises whatever that raises.
+
+    `source`: "https://…/NAME#HASH", kept by torch.hub if its SHA-256 begins so; or a file, OWNER/REPO/NAME,
+    or a whole repository, OWNER/REPO, of the Hugging Face hub.
+    """
+    if not source.startswith("http"):
+        owner, repo, *name = source.split("/")
+        if name:
+            return hf_hub_download(f"{owner}/{repo}", "/".join(name))
+        folder = snapshot_download(source, allow_patterns=["*.json", "*.model", "*.safetensors"])
+        if not list(Path(folder).glob("*.safetensors")):  # the same weights again, where both are there
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return folder
+    url, sha256 = source.split("#")
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    return path
+
+
+def atomic_save(path, write):
+    """write(file), a binary file beside `path`, then a rename: a reader, or a kill, finds the old file or the
+    new one whole.
+
+    Raises InputError where it cannot be written; what was there before is untouched.
+    """
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
