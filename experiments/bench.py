@@ -1,0 +1,201 @@
+"""Speed and memory, with random weights of a model's shape: nothing is downloaded.
+
+    python -m experiments.bench                            sampling at XL's shape; on a CPU take --model B
+    python -m experiments.bench --step                     whole training steps, part by part, on a GPU
+    python -m experiments.bench --step -- --rank-k 4       what follows -- are options of train.py
+
+Sampling is shown beside what the machine reads (a matrix-vector product over as many bytes as the weights
+have) and multiplies in the same run: a decoding step reads all weights and the cache, so with few rows it
+takes at least the time of that. Captions have their full length. The memory predicted for a training step is
+a sum of sizes; on a CPU the peak beside it is the whole process'.
+"""
+
+import argparse
+import importlib.util
+import time
+from resource import RUSAGE_SELF, getrusage  # not on Windows
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from torchvision.models import vgg16
+
+import policy as policies
+import train
+from experiments.curves import run_script
+from metrics import CLIPScore
+from policy import GPTConfig, Policy, decode_n_tokens, generate, logits_to_logprobs
+from rankee import Models, rollout, update_decoder, update_policy
+from vq import VQConfig, VQModel, expect, load_lpips, patch_discriminator
+
+MODELS = {  # LlamaGen's; tiny is about the embedded world's
+    "XL": GPTConfig(dim=1280, n_layer=36, head_dim=64, ffn_dim=3584),
+    "L": GPTConfig(dim=1024, n_layer=24, head_dim=64, ffn_dim=2816),
+    "B": GPTConfig(dim=768, n_layer=12, head_dim=64, ffn_dim=2048),
+    "tiny": GPTConfig(96, 3, 16, 256, vocab_size=512, cls_token_num=8, caption_dim=64, grid_size=8),
+}
+CFG_SCALE, TOP_K = 7.5, 1000  # LlamaGen's
+SAMPLING = "decoding,captions,guided,tokens/s,ms a step,GB/s,of reading,of multiplying,peak GB".split(",")
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+STEP = "step,part,seconds,peak GB,predicted GB".split(",")
+
+
+def random_captions(config, B, device):
+    """Captions of full length as the policy is given them: cond (B, T, C), cond_mask (B, T)."""
+    cond = torch.rand(B, config.cls_token_num, config.caption_dim, device=device)
+    return cond, torch.ones(cond.shape[:2], dtype=torch.bool, device=device)
+
+
+def count(*networks):
+    return sum(weight.numel() for network in networks for weight in network.parameters())
+
+
+def measure(function, device, times=1):
+    """Seconds of a call, and the peak of memory in GB; on a CPU since the process began."""
+    wait = getattr(torch, device).synchronize
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait()
+    seconds = (time.perf_counter() - start) / times
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, peak / 1e9
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def measure_machine(device, dtype, width, n):
+    """What this machine reads (bytes/s; n numbers in rows of `width`) and multiplies (FLOP/s) at present."""
+    side = 8192 if device == "cuda" else 2048
+    square, matrix = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((side, side), (n // width, width)))
+    for _ in range(2):  # the first loads kernels
+        multiplying = measure(lambda: square @ square, device, times=3)[0]
+        reading = measure(lambda: matrix @ square[0, :width], device, times=3)[0]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    bandwidth, flops = n * dtype.itemsize / reading, 2 * side**3 / multiplying
+    print(f"{name}, torch {torch.__version__}: {flops / 1e12:.2f} TFLOP/s at {side}³, reads {bandwidth / 1e9:.1f} GB/s")
+    return bandwidth, flops
+
+
+@torch.no_grad()
+def bench_sampling(model, batches, n, cfg):
+    """Prints how fast images of n tokens are sampled, the reading of the captions included."""
+    config, device, dtype, rows = MODELS[model], cfg.device, DTYPES[cfg.precision], []
+    with torch.device(device):
+        policy = Policy(config)
+    weights = count(policy.layers, policy.output)
+    bandwidth, flops = measure_machine(device, dtype, config.dim, weights)
+    print(f"{model}, {dtype}: {weights * dtype.itemsize / 1e9:.2f} GB of weights are read a step; {n} tokens an image")
+
+    def draw(how, B, cfg_scale, n):
+        cond, cond_mask = random_captions(config, B, device)
+        with train.make_autocast(cfg):
+            if how != "naive":
+                u = torch.rand(B, 1, n, device=device)
+                return generate(policy, cond, cond_mask, u, cfg_scale, 1.0, TOP_K)
+            tokens = torch.empty(B, 0, dtype=torch.long, device=device)
+            for _ in range(n):  # without a cache everything is computed again for each token
+                dist = logits_to_logprobs(policy(cond, cond_mask, tokens, use_cfg=True)[:, -1], CFG_SCALE)
+                tokens = torch.cat([tokens, dist.argmax(1, keepdim=True)], 1)
+
+    ways = ["cached", "CUDA graph"] if device == "cuda" else ["cached"]
+    runs = [(how, *run) for how in ways for run in [(1, 1.0), *((B, CFG_SCALE) for B in batches)]]
+    for how, B, cfg_scale in [("naive", 1, CFG_SCALE), *runs]:
+        graph = how == "CUDA graph"
+        # What `generate` calls; left to itself it would record a graph wherever there is a GPU.
+        policies.decode_n_tokens = lambda step, length, n, use_cuda_graph: decode_n_tokens(step, length, n, graph)
+        tokens = min(n, 4) if how == "naive" else n
+        draw(how, B, cfg_scale, 2)
+        seconds, peak = measure(lambda: draw(how, B, cfg_scale, tokens), device)
+        step, R = seconds / tokens, B if cfg_scale == 1 else 2 * B
+        cached = R * (config.cls_token_num + n / 2) * 2 * config.n_layer * config.dim  # on average
+        read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * R / step
+        row = [how, B, "no" if cfg_scale == 1 else "yes", B / step, 1e3 * step, read / 1e9]
+        rows.append(dict(zip(SAMPLING, [*row, f"{read / bandwidth:.0%}", f"{multiplied / flops:.1%}", peak])))
+    train.print_table(rows)
+    print("\nnaive: without a cache, the first 4 tokens; GB/s: of what a step with a cache has to read")
+
+
+# ---- a training step -------------------------------------------------------------------------------------------------
+
+
+def random_models(model, cfg):
+    """`Models` of the public shapes (tiny: CLIP and tokenizer are small too), and the bytes of T5's encoder."""
+    tiny, sizes = model == "tiny", {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
+    clip = open_clip.create_model("ViT-B-32-quickgelu" if tiny else "ViT-L-14-quickgelu", device=cfg.device)
+    scorer = CLIPScore(clip, open_clip.tokenize, clip.visual.image_mean, clip.visual.image_std)
+    with torch.device(cfg.device):
+        vq = VQModel(VQConfig(32, (1, 1, 2, 2), codebook_size=512) if tiny else VQConfig())
+        linear = {f"lin{i}.model.1.weight": torch.rand(width) for i, width in enumerate([64, 128, 256, 512, 512])}
+        lpips, discriminator = load_lpips(vgg16(weights=None).state_dict(), linear), patch_discriminator()
+        policy, t5 = Policy(MODELS[model]), None
+        if not tiny and importlib.util.find_spec("transformers"):
+            from transformers import T5Config, T5EncoderModel
+
+            t5 = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes)).bfloat16().requires_grad_(False)
+
+    def text_encoder(captions):
+        cond, cond_mask = random_captions(MODELS[model], len(captions), cfg.device)
+        return (t5(cond_mask.long()).last_hidden_state.float() if t5 else cond), cond_mask
+
+    judges = SimpleNamespace(scorer=scorer, lpips=lpips, discriminator=discriminator)
+    models = Models(policy, vq, text_encoder, judges, train.make_autocast(cfg), cfg)
+    return models, 2 * count(t5) if t5 else 0
+
+
+def bench_step(model, cfg):
+    """Prints seconds and memory of each part of three training steps."""
+    config, (models, held), rows = MODELS[model], random_models(model, cfg), []
+    B, G, N, captions = cfg.batch_size, cfg.group_size, config.grid_size**2, ["two red dogs"] * cfg.batch_size
+    side = config.grid_size * 2 ** (len(models.vq.config.ch_mult) - 1)
+    images, u = (torch.rand(*shape, device=cfg.device) for shape in ((B, 3, side, side), (B, G, N)))
+
+    networks = [network for network in vars(models).values() if isinstance(network, torch.nn.Module)]
+    trained = sum(weight.numel() for network in networks for weight in network.parameters() if weight.requires_grad)
+    held += 4 * (count(*networks) + 2 * trained)  # float32, and Adam's moments
+    positions = 2 * min(B * G, cfg.rollout_batch_size) * (config.cls_token_num + N)
+    predicted = {"rollout": held + 2 * count(models.policy) + 4 * positions * config.n_layer * config.dim}  # in bf16
+    predicted["policy"] = held + 6 * count(models.policy)  # in bf16, and gradients
+    predicted["decoder"] = held + 1.3e9 * cfg.micro_batch_size * (side / 256) ** 2  # counted op by op
+    print(f"{model}, {B} captions of {G} rollouts; held all the time: {held / 1e9:.1f} GB (predicted)")
+    for step in range(cfg.disc_start, cfg.disc_start + 3):  # the first loads kernels and makes Adam's moments
+        rollouts = []
+        parts = {"rollout": lambda: rollouts.append(rollout(models, captions, u, cfg))}
+        parts["policy"] = lambda: update_policy(models, rollouts[0], step, cfg)
+        parts["decoder"] = lambda: update_decoder(models, rollouts[0], 2 * images - 1, step, cfg)
+        for part, function in parts.items():
+            seconds, peak = measure(function, cfg.device)
+            rows.append(dict(zip(STEP, (step - cfg.disc_start, part, seconds, peak, predicted[part] / 1e9))))
+    train.print_table(rows)
+
+
+def bench(args, options):
+    most = MODELS[args.model].grid_size ** 2
+    n = {"cpu": min(most, 64), "cuda": most}[args.device] if args.tokens is None else args.tokens
+    expect(min(args.batch) > 0 and 2 <= n <= most, f"--batch: expected 1 or more; --tokens: 2 to {most}")
+    expect(args.device == "cuda" or args.model == "tiny" or not args.step, "--step needs a GPU, or --model tiny")
+    cfg = train.parse_config(["--ckpt", "random", "--device", args.device, "--precision", args.dtype, *options])
+    if args.step:
+        bench_step(args.model, cfg)
+    else:
+        bench_sampling(args.model, args.batch, n, cfg)
+
+
+def main():
+    raw, gpu = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
+    parser = argparse.ArgumentParser("bench.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--model", choices=MODELS, default="XL", help="LlamaGen's size [%(default)s]")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="captions at a time [1 8]")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "float32", help="of passes [%(default)s]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="[%(default)s]")
+    parser.add_argument("--tokens", type=int, help="tokens an image [the model's; on a CPU 64]")
+    parser.add_argument("--step", action="store_true", help="training steps; on a CPU only with --model tiny")
+    run_script(parser, bench)
+
+
+if __name__ == "__main__":
+    main()

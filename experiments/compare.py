@@ -1,0 +1,242 @@
+"""The methods beside each other on the embedded world: the same base, seeds, rollouts and steps for each.
+
+    python -m experiments.compare --seeds 5                       the whole comparison
+    python -m experiments.compare --ablations k1 ema-reference    more of them beside the others
+    python -m experiments.compare --own-bases                     a base of its own for each seed, made first
+    python -m experiments.compare --out runs/d -- --lambda-d 0.1  what follows -- goes to each run of train.py
+
+Each run is an ordinary `python train.py --out OUT/seed-N/KEY`, its output in OUT/seed-N/KEY.log; some go on
+at a time, with a core each. Ctrl-C or SIGTERM ends them after their step, saved; the same command goes on
+from there, or adds seeds and ablations to what is done. It leaves results.json (every measurement of every
+run, with seed and key), swap.json (every policy through every decoder), pareto.png, swap.png, and prints the
+tables.
+
+A run is reported through its own decoder, standard RL through the base's, which it has kept.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import train
+from experiments.curves import run_script, save_figure
+from rankee import random_stream, uniform
+from scenes import world
+from vq import atomic_save, expect, read_checkpoint
+
+# Key: (label, the options that make it of RankE). The order is that of tables and legends, nothing else.
+ABLATIONS = {
+    "real": ("real images", "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions"),
+    "rl": ("standard RL", "--method rl"),
+    "decoder": ("decoder only", "--method decoder"),
+    "uniform": ("uniform GAN", "--gan uniform"),
+    "k1": ("RankE, K = 1", "--rank-k 1"),
+    "no-consistency": ("RankE, λ_c = 0", "--lambda-c 0"),
+    "ema-reference": ("RankE, π_ref = EMA", "--ref-policy ema"),
+    "ranke": ("RankE", ""),
+}
+STANDARD = ("real", "rl", "decoder", "uniform", "ranke")  # run always, and swapped; the others by --ablations
+LABELS = {"base": "base"} | {key: label for key, (label, _) in ABLATIONS.items()}
+NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def left_to_do(cfg, options):
+    """The options that complete a run of train.py, None if it is complete. Other settings are an InputError."""
+    checkpoint = Path(cfg.out, "ckpt.pt")
+    if not checkpoint.exists():  # stopped before its first save
+        shutil.rmtree(cfg.out, ignore_errors=True)
+        return options
+    saved = read_checkpoint(checkpoint)
+    for name, value in dataclasses.asdict(cfg).items():
+        before = saved["config"].get(name)
+        expect(name == "resume" or value == before, f"{cfg.out} has {name} = {before}, not {value}; name another --out")
+    return None if saved["step"] == cfg.max_steps else [*options, "--resume"]
+
+
+def run_all(commands, processes):
+    """Runs `commands`, log file -> Python's arguments, `processes` at a time; where one fails, all end.
+
+    However this ends, also by a signal, no child is left: what goes on is told to stop, and saves after its
+    step.
+    """
+    waiting, running, environment = list(commands), {}, os.environ | {"OMP_NUM_THREADS": "1"}
+    # A session of its own for each: Ctrl-C in the terminal reaches it through this process alone, once.
+    start = functools.partial(subprocess.Popen, env=environment, start_new_session=True)
+    try:
+        while waiting or running:
+            if waiting and len(running) < processes:
+                log = waiting.pop(0)
+                with open(log, "ab") as file:
+                    running[log] = start([sys.executable, *commands[log]], stdout=file, stderr=file)
+                print(f"{time.strftime('%H:%M:%S')}  {log.with_suffix('')} started, {len(waiting)} wait", flush=True)
+            time.sleep(0.2)
+            for log in [log for log, child in running.items() if child.poll() is not None]:
+                status = running.pop(log).returncode
+                if status:
+                    sys.exit(f"compare.py: {log.with_suffix('')} ended with status {status}; its output is in {log}")
+    finally:
+        for child in running.values():
+            os.killpg(child.pid, signal.SIGTERM)
+        for child in running.values():
+            child.wait()
+
+
+def swap(configs, path):
+    """Rows that measure each policy of a seed through each decoder, kept in `path`; configs: key -> settings."""
+    newest = max(Path(run.out, "ckpt.pt").stat().st_mtime for run in configs.values())
+    if path.exists() and path.stat().st_mtime > newest:
+        return json.loads(path.read_text())
+    cfg, rows = configs["ranke"], []  # of its settings, only those that all of the seed's runs share are read
+    pairs = {"base": train.load_pretrained(cfg)}  # key -> policy, tokenizer, text encoder
+    for key, run in configs.items():
+        pairs[key] = train.load_pretrained(dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq.pt"))
+    policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].method != "decoder"}
+    decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].method != "rl"}
+
+    _, vq, text_encoder = pairs["base"]
+    evaluation = world.Evaluation(world.Judges(cfg.base, cfg.device), vq, cfg.eval_samples, cfg.seed, cfg.device)
+    N = policies["base"].config.grid_size ** 2
+    u = uniform(random_stream(cfg.seed, "watched"), cfg.eval_samples, N).to(cfg.device)  # what the runs were drawn with
+    for key, policy in policies.items():
+        tokens, *drawn = train.sample_images(policy, decoders.values(), text_encoder, evaluation.captions, u, cfg)
+        for decoder, images in zip(decoders, drawn):
+            rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | evaluation(tokens, images))
+    save_json(path, rows)
+    return rows
+
+
+def save_json(path, content):
+    atomic_save(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+# ---- tables and figures ----------------------------------------------------------------------------------------------
+
+
+def by_step(rows, decoder):
+    """A run's rows, step -> row: through its "own" decoder where it has one, or all through the "base"'s."""
+    found = {row["step"]: row for row in rows if row["decoder"] == "base"}
+    return found | {row["step"]: row for row in rows if row["decoder"] == decoder}
+
+
+def print_table(title, found, reference=None):
+    """Means over the seeds; found: key -> a row for each seed. Less `reference`, such rows, within a seed."""
+    print(f"\n{title:26}" + "".join(f"{name:>18}" for name in NUMBERS))
+    for key, rows in found.items():
+        values = np.array([[row[name] for name in NUMBERS] for row in rows])  # (seeds, numbers)
+        if reference:
+            values = values - [[row[name] for name in NUMBERS] for row in reference]
+        cells = [f"{mean:.3f}" for mean in values.mean(0)]
+        if len(rows) > 1:
+            errors = values.std(0, ddof=1) / len(rows) ** 0.5
+            cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors)]
+        print(f"{LABELS[key]:26}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def print_tables(own, through_base):
+    """own, through_base: key -> `by_step` of each seed's run."""
+    base = [rows[0] for rows in own["ranke"]]
+    last = {"base": base} | {key: [rows[max(rows)] for rows in own[key]] for key in own}
+    print_table(f"means, seeds: {len(base)}", last)
+    print_table("minus base", last, base)
+    print_table("minus standard RL", last, last["rl"])
+    # Policies that have moved; the others are base's.
+    moved = {key: found for key, found in through_base.items() if last[key][0]["method"] != "decoder"}
+    print_table("through base's decoder", {key: [rows[max(rows)] for rows in moved[key]] for key in moved})
+    print(f"\nafter {last['ranke'][0]['step']} steps; clip is x 100; ± is a mean's standard error")
+
+
+def draw_pareto(figure, own):
+    """Reward against distance, a line an ablation from the base over its steps, means over the seeds."""
+    axes = figure.add_subplot(xlabel="CLIP × 100 (higher is better)", ylabel="Fréchet distance (lower is better)")
+    for key, found in own.items():
+        clip, distance = ([np.mean([rows[n][x] for rows in found]) for n in found[0]] for x in ("clip", "frechet"))
+        axes.plot(clip, distance, "o-", markersize=3, label=LABELS[key])
+    axes.legend()
+
+
+def draw_swap(figure, rows):
+    """The distance, and CLIP, of each policy through each decoder, means over the seeds."""
+    policies = [key for key in LABELS if any(row["policy"] == key for row in rows)]
+    decoders = [key for key in LABELS if any(row["decoder"] == key for row in rows)]
+    axes = figure.add_subplot(xlabel="decoder", ylabel="policy", title="Fréchet distance (CLIP × 100)")
+    axes.set_xticks(range(len(decoders)), [LABELS[key] for key in decoders])
+    axes.set_yticks(range(len(policies)), [LABELS[key] for key in policies])
+    distances = np.empty((len(policies), len(decoders)))
+    for y, x in np.ndindex(distances.shape):
+        cell = [row for row in rows if row["policy"] == policies[y] and row["decoder"] == decoders[x]]
+        distances[y, x], clip = (np.mean([row[name] for row in cell]) for name in ("frechet", "clip"))
+        axes.text(x, y, f"{distances[y, x]:.1f}\n({clip:.1f})", ha="center", va="center")
+    axes.imshow(distances, cmap="RdYlGn_r", aspect="auto", alpha=0.6)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def compare(args, options):
+    expect(importlib.util.find_spec("matplotlib"), "it ends with figures: pip install matplotlib")
+    expect(min(args.seeds, args.processes) > 0, "--seeds and --processes: expected 1 or more")
+    keys = [key for key in ABLATIONS if key in STANDARD or key in args.ablations]
+    out, seeds = Path(args.out), list(range(args.seed, args.seed + args.seeds))
+    bases, commands, configs = {}, {}, {}
+    for seed, key in itertools.product(seeds, keys):
+        folder = out / f"seed-{seed}"
+        train.make_folder(folder)
+        here = ["--seed", str(seed), "--out"]
+        of_run = ["--eval-every", "50", *options, *ABLATIONS[key][1].split(), *here, str(folder / key)]
+        if args.own_bases:
+            of_run += ["--base", str(folder / "base")]
+            if len(list(folder.glob("base/*.pt"))) < 3:  # policy, tokenizer, judges
+                bases[folder / "base.log"] = ["-m", "scenes.world", "--pretrain", *here, str(folder / "base")]
+        configs[seed, key] = train.parse_config(of_run)
+        expect(configs[seed, key].data == "scenes", "the embedded world is compared on; leave --data and --ckpt out")
+        todo = left_to_do(configs[seed, key], of_run)
+        if todo:
+            commands[folder / f"{key}.log"] = [train.__file__, *todo]
+    run_all(bases, 1)  # each takes two processes itself
+    run_all(commands, args.processes)
+
+    runs = {run: json.loads(Path(cfg.out, "results.json").read_text()) for run, cfg in configs.items()}
+    rows = [{"seed": seed, "ablation": key} | row for (seed, key), found in runs.items() for row in found]
+    save_json(out / "results.json", rows)
+    own = {key: [by_step(runs[seed, key], "own") for seed in seeds] for key in keys}
+    print_tables(own, {key: [by_step(runs[seed, key], "base") for seed in seeds] for key in keys})
+    save_figure(out / "pareto.png", (7, 4.5), draw_pareto, own)
+    swaps = []
+    for seed in seeds:
+        swaps += swap({key: configs[seed, key] for key in STANDARD}, out / f"seed-{seed}" / "swap.json")
+    save_json(out / "swap.json", swaps)
+    save_figure(out / "swap.png", (7, 4.5), draw_swap, swaps)
+    print(f"results.json, swap.json, pareto.png, swap.png and all runs are in {out}")
+
+
+def main():
+    raw, optional = argparse.RawDescriptionHelpFormatter, [key for key in ABLATIONS if key not in STANDARD]
+    parser = argparse.ArgumentParser("compare.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--out", default="runs/compare", help="folder of the comparison [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from --seed on [%(default)s]")
+    parser.add_argument("--ablations", nargs="+", choices=optional, default=[], help="run these too")
+    parser.add_argument("--own-bases", action="store_true", help="pre-train a base for each seed, minutes each")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time [%(default)s]")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    run_script(parser, compare)
+
+
+if __name__ == "__main__":
+    main()
