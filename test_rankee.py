@@ -1824,9 +1824,6 @@ def test_metrics_refuse_what_does_not_fit(files, capfd, monkeypatch, arguments, 
     assert set(files.iterdir()) == before  # nothing half-written
 
 
-# Appended to part1.py (uses its helpers and imports): needs `import copy`.
-
-
 @needs_gpu
 @pytest.mark.parametrize("recorded, bucket", [(True, 6), (True, 128), (False, 128)])
 def test_a_gpu_draws_what_a_cpu_draws(backbone, monkeypatch, recorded, bucket):
