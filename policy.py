@@ -5,7 +5,7 @@ it has, and Janus-Pro's generation side (Chen et al. 2025, arXiv 2501.17811). Th
 a token become embeddings, in the output layer and in the rotary embedding. Sizes are read from shapes:
 
     file                   n_layer  n_head   dim  vocab_size  cls_token_num  parameters
-    scenes/policy.pt             3       6    96         512              8       0.4 M
+    scenes/policy.pt             3       6    96        1024              8       0.5 M
     t2i_XL_stage1_256.pt        36      20  1280       16384            120       775 M
     t2i_XL_stage2_512.pt        36      20  1280       16384            120       775 M
     Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1480 M, of them 210 M words

@@ -5,7 +5,7 @@ The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for 
 loads strictly:
 
     file                 ch  ch_mult      factor  codebook   parameters
-    scenes/vq.pt         32  1,1,2,2           8    512 × 8       1.3 M
+    scenes/vq.pt         32  1,1,2,2           8   1024 × 8       1.2 M
     vq_ds16_t2i.pt      128  1,1,2,2,4        16  16384 × 8        72 M
 
 Codebook and latents are l2-normalized on both sides, so the nearest code is the one of largest cosine.

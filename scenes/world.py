@@ -1,6 +1,6 @@
 """The embedded world: small captioned scenes, and everything a post-training run needs of a world, for a CPU.
 
-    python -m scenes.world --pretrain --out DIR --seed 1       make a base of its own, over an hour on 2 cores
+    python -m scenes.world --pretrain --out DIR --seed 1       make a base of its own
 
 A scene is one object on a background, 32 × 32, drawn from seven attributes; its caption names them: "small
 red striped circle top left on navy". Shift, rotation, light, phase, blotches and grain are in no caption: the
