@@ -200,8 +200,8 @@ class Models:
         self.discriminator = judges.discriminator
         self.autocast = autocast  # bf16 on a GPU, off otherwise; losses and norms are float32 either way
         self.policy, self.policy_ema = policy, copy.deepcopy(policy).requires_grad_(False)
-        # Only where it is the reference: a third copy of the policy is 3 GB at XL.
-        self.policy_initial = copy.deepcopy(self.policy_ema) if cfg.ref_policy == "initial" else None
+        # A third copy only where it is asked for: it is 3 GB at XL.
+        self.ref_policy = self.policy_ema if cfg.ref_policy == "ema" else copy.deepcopy(self.policy_ema)
         self.vq, self.vq_ema = vq.requires_grad_(False), copy.deepcopy(vq)
         for weight in vq.decoder_parameters():
             weight.requires_grad_(True)
@@ -292,7 +292,6 @@ def rollout(models, captions, u, cfg):
 def update_policy(models, rollouts, step, cfg):
     """Stage 1: moves π_θ; nothing else changes. Returns what to log."""
     advantages = group_advantages(rollouts.rewards).view(-1, 1)  # (R, 1)
-    ref_policy = models.policy_ema if cfg.ref_policy == "ema" else models.policy_initial
     cfg_scale, temperature = (cfg.cfg_scale, cfg.temperature) if cfg.cfg_logprobs else (1.0, 1.0)
     for group in models.policy_optimizer.param_groups:
         group["lr"] = cfg.policy_lr * min(1.0, (step + 1) / (cfg.warmup_steps + 1))
@@ -305,7 +304,7 @@ def update_policy(models, rollouts, step, cfg):
     R = len(rollouts.tokens)
     micro_batches = torch.arange(R, device=rollouts.tokens.device).split(cfg.micro_batch_size)
     with torch.no_grad():
-        ref_logprobs = [logprobs_of(ref_policy, i) for i in micro_batches]
+        ref_logprobs = [logprobs_of(models.ref_policy, i) for i in micro_batches]
     old_logprobs = []
     for epoch in range(cfg.update_epochs):
         logs = {}

@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tarfile
@@ -47,19 +46,8 @@ from metrics import IMAGE_SUFFIXES, center_crop, list_files, load_image, open_cl
 from policy import JanusTokenizer, T5Encoder, janus_state_dict, load_janus, load_llamagen
 from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
 from scenes import world
-from vq import (
-    InputError,
-    atomic_save,
-    download,
-    expect,
-    load,
-    load_lpips,
-    load_state_dict,
-    load_vq,
-    patch_discriminator,
-    read_checkpoint,
-    reading,
-)
+from vq import InputError, atomic_save, download, expect, load, load_state_dict, read_checkpoint, reading
+from vq import load_lpips, load_vq, patch_discriminator
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -349,7 +337,7 @@ class Judges:
         self.scorer, self.lpips = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device), None
         if cfg.method != "rl":
             self.lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device)
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(int(random_stream(cfg.seed, "discriminator").integers(2**63)))
         self.discriminator = patch_discriminator().to(cfg.device)
 
 
@@ -396,11 +384,11 @@ def export(out, models, cfg):
         make_folder(out / name)
         atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
         for file in Path(cfg.ckpt).glob("*[!x].json"):  # config.json, the tokenizer's, the processor's; no .index.json
-            shutil.copy(file, out / name)
+            atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))
 
 
 def make_folder(path):
-    with reading(path, "a folder that can be made and written; name another with --out"):
+    with reading(path, "a folder that can be made; name another with --out", OSError, done="made"):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -478,7 +466,7 @@ def sample(cfg):
         expect(metadata.read_bytes() == line, f"{metadata} is of another caption; name another folder with --out")
         paths = [folder / "samples" / f"{k:04d}.png" for k in range(cfg.per_prompt)]
         todo += [(i, k, path) for k, path in enumerate(paths) if not path.exists()]
-    policy, vq, text_encoder = load_pretrained(cfg)
+    policy, vq, text_encoder = load_pretrained(resolve_files(cfg))
     N = policy.config.grid_size**2
     starts = range(0, len(todo), cfg.rollout_batch_size)
     for n in tqdm(starts, unit=f" x {cfg.rollout_batch_size} images", disable=len(starts) < 2):
@@ -536,7 +524,7 @@ def log_step(path, step, cfg, logs):
     bad = [name for name, value in logs.items() if not math.isfinite(value)]
     line = "  ".join(f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs)
     print(f"step {step}/{cfg.max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
-    with open(path, "a") as file:
+    with reading(path, "a disk with room", OSError, done="written"), open(path, "a") as file:
         file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
 
 
@@ -553,6 +541,7 @@ def train(cfg):
     rank, world_size = init_distributed(cfg.device)
     expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
     make_folder(out)
+    cfg = resolve_files(cfg)
     pairs = None if scenes else list_pairs(Path(cfg.data))
 
     # Networks, and the captions and real images that the run is watched on
@@ -626,7 +615,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
     try:
-        cfg = resolve_files(parse_config(argv))
+        cfg = parse_config(argv)
         if cfg.sample:
             sample(cfg)
         else:

@@ -52,7 +52,7 @@ class VQConfig:
 
 
 def group_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(1, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -307,14 +307,19 @@ def expect(condition, message):
 
 
 @contextlib.contextmanager
-def reading(path, expected, errors=Exception):
+def reading(path, expected, errors=Exception, done="read"):
     """An InputError of what is raised inside: a *library* meets damage with any of a dozen types. Nothing of
     ours is inside.
     """
     try:
         yield
     except errors as error:
-        raise InputError(f"{path}: cannot be read ({error!r:.300}); expected {expected}") from error
+        reason = f"{error!r:.300}"
+        for file in Path(path).glob("*") if Path(path).is_dir() else [Path(path)]:
+            # Of these a library says anything, and PyTorch to switch its protection off.
+            if file.is_file() and file.open("rb").read(9).startswith((b"version h", b"<")):
+                reason = f"{file.name} is text: a Git-LFS pointer or a web page"
+        raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
 
 
 def read_checkpoint(path):
@@ -322,8 +327,6 @@ def read_checkpoint(path):
     would run code.
     """
     with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
-        with open(path, "rb") as file:
-            expect(not file.read(9).startswith((b"version h", b"<")), "is text: a Git-LFS pointer or a web page")
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.

@@ -6,12 +6,13 @@
 
 Sampling is shown beside what the machine reads (a matrix-vector product over as many bytes as the weights
 have) and multiplies in the same run: a decoding step reads all weights and the cache, so with few rows it
-takes at least the time of that. Captions have their full length. The memory predicted for a training step is
-a sum of sizes; on a CPU the peak beside it is the whole process'.
+takes at least the time of that. Captions have their full length. On a CPU the peak of memory is the whole
+process'.
 """
 
 import argparse
 import importlib.util
+import itertools
 import time
 from resource import RUSAGE_SELF, getrusage  # not on Windows
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import policy as policies
 import train
 from experiments.curves import run_script
 from metrics import CLIPScore
-from policy import GPTConfig, Policy, decode_n_tokens, generate, logits_to_logprobs
+from policy import GPTConfig, Policy, decode_n_tokens, generate
 from rankee import Models, rollout, update_decoder, update_policy
 from vq import VQConfig, VQModel, expect, load_lpips, patch_discriminator
 
@@ -35,19 +36,14 @@ MODELS = {  # LlamaGen's; tiny is about the embedded world's
     "tiny": GPTConfig(96, 3, 16, 256, vocab_size=512, cls_token_num=8, caption_dim=64, grid_size=8),
 }
 CFG_SCALE, TOP_K = 7.5, 1000  # LlamaGen's
-SAMPLING = "decoding,captions,guided,tokens/s,ms a step,GB/s,of reading,of multiplying,peak GB".split(",")
+SAMPLING = "CUDA graph,captions,cfg_scale,tokens/s,ms a step,GB/s,of reading,of FLOP/s,peak GB".split(",")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-STEP = "step,part,seconds,peak GB,predicted GB".split(",")
 
 
 def random_captions(config, B, device):
     """Captions of full length as the policy is given them: cond (B, T, C), cond_mask (B, T)."""
     cond = torch.rand(B, config.cls_token_num, config.caption_dim, device=device)
     return cond, torch.ones(cond.shape[:2], dtype=torch.bool, device=device)
-
-
-def count(*networks):
-    return sum(weight.numel() for network in networks for weight in network.parameters())
 
 
 def measure(function, device, times=1):
@@ -87,44 +83,35 @@ def bench_sampling(model, batches, n, cfg):
     config, device, dtype, rows = MODELS[model], cfg.device, DTYPES[cfg.precision], []
     with torch.device(device):
         policy = Policy(config)
-    weights = count(policy.layers, policy.output)
+    weights = sum(weight.numel() for part in (policy.layers, policy.output) for weight in part.parameters())
     bandwidth, flops = measure_machine(device, dtype, config.dim, weights)
     print(f"{model}, {dtype}: {weights * dtype.itemsize / 1e9:.2f} GB of weights are read a step; {n} tokens an image")
 
-    def draw(how, B, cfg_scale, n):
+    def draw(B, cfg_scale, n):
         cond, cond_mask = random_captions(config, B, device)
         with train.make_autocast(cfg):
-            if how != "naive":
-                u = torch.rand(B, 1, n, device=device)
-                return generate(policy, cond, cond_mask, u, cfg_scale, 1.0, TOP_K)
-            tokens = torch.empty(B, 0, dtype=torch.long, device=device)
-            for _ in range(n):  # without a cache everything is computed again for each token
-                dist = logits_to_logprobs(policy(cond, cond_mask, tokens, use_cfg=True)[:, -1], CFG_SCALE)
-                tokens = torch.cat([tokens, dist.argmax(1, keepdim=True)], 1)
+            generate(policy, cond, cond_mask, torch.rand(B, 1, n, device=device), cfg_scale, 1.0, TOP_K)
 
-    ways = ["cached", "CUDA graph"] if device == "cuda" else ["cached"]
-    runs = [(how, *run) for how in ways for run in [(1, 1.0), *((B, CFG_SCALE) for B in batches)]]
-    for how, B, cfg_scale in [("naive", 1, CFG_SCALE), *runs]:
-        graph = how == "CUDA graph"
+    graphs = [False, True] if device == "cuda" else [False]
+    for graph, (B, cfg_scale) in itertools.product(graphs, [(1, 1.0), *((B, CFG_SCALE) for B in batches)]):
         # What `generate` calls; left to itself it would record a graph wherever there is a GPU.
         policies.decode_n_tokens = lambda step, length, n, use_cuda_graph: decode_n_tokens(step, length, n, graph)
-        tokens = min(n, 4) if how == "naive" else n
-        draw(how, B, cfg_scale, 2)
-        seconds, peak = measure(lambda: draw(how, B, cfg_scale, tokens), device)
-        step, R = seconds / tokens, B if cfg_scale == 1 else 2 * B
+        draw(B, cfg_scale, 2)
+        seconds, peak = measure(lambda: draw(B, cfg_scale, n), device)
+        step, R = seconds / n, B if cfg_scale == 1 else 2 * B
         cached = R * (config.cls_token_num + n / 2) * 2 * config.n_layer * config.dim  # on average
         read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * R / step
-        row = [how, B, "no" if cfg_scale == 1 else "yes", B / step, 1e3 * step, read / 1e9]
+        row = ["yes" if graph else "no", B, cfg_scale, B / step, 1e3 * step, read / 1e9]
         rows.append(dict(zip(SAMPLING, [*row, f"{read / bandwidth:.0%}", f"{multiplied / flops:.1%}", peak])))
     train.print_table(rows)
-    print("\nnaive: without a cache, the first 4 tokens; GB/s: of what a step with a cache has to read")
+    print("\nGB/s: of weights and cache, which a step has to read")
 
 
 # ---- a training step -------------------------------------------------------------------------------------------------
 
 
 def random_models(model, cfg):
-    """`Models` of the public shapes (tiny: CLIP and tokenizer are small too), and the bytes of T5's encoder."""
+    """`Models` of the public shapes, T5's encoder too (tiny: CLIP and tokenizer are small, and no T5)."""
     tiny, sizes = model == "tiny", {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
     clip = open_clip.create_model("ViT-B-32-quickgelu" if tiny else "ViT-L-14-quickgelu", device=cfg.device)
     scorer = CLIPScore(clip, open_clip.tokenize, clip.visual.image_mean, clip.visual.image_std)
@@ -143,25 +130,16 @@ def random_models(model, cfg):
         return (t5(cond_mask.long()).last_hidden_state.float() if t5 else cond), cond_mask
 
     judges = SimpleNamespace(scorer=scorer, lpips=lpips, discriminator=discriminator)
-    models = Models(policy, vq, text_encoder, judges, train.make_autocast(cfg), cfg)
-    return models, 2 * count(t5) if t5 else 0
+    return Models(policy, vq, text_encoder, judges, train.make_autocast(cfg), cfg)
 
 
 def bench_step(model, cfg):
     """Prints seconds and memory of each part of three training steps."""
-    config, (models, held), rows = MODELS[model], random_models(model, cfg), []
+    config, models, rows = MODELS[model], random_models(model, cfg), []
     B, G, N, captions = cfg.batch_size, cfg.group_size, config.grid_size**2, ["two red dogs"] * cfg.batch_size
     side = config.grid_size * 2 ** (len(models.vq.config.ch_mult) - 1)
     images, u = (torch.rand(*shape, device=cfg.device) for shape in ((B, 3, side, side), (B, G, N)))
-
-    networks = [network for network in vars(models).values() if isinstance(network, torch.nn.Module)]
-    trained = sum(weight.numel() for network in networks for weight in network.parameters() if weight.requires_grad)
-    held += 4 * (count(*networks) + 2 * trained)  # float32, and Adam's moments
-    positions = 2 * min(B * G, cfg.rollout_batch_size) * (config.cls_token_num + N)
-    predicted = {"rollout": held + 2 * count(models.policy) + 4 * positions * config.n_layer * config.dim}  # in bf16
-    predicted["policy"] = held + 6 * count(models.policy)  # in bf16, and gradients
-    predicted["decoder"] = held + 1.3e9 * cfg.micro_batch_size * (side / 256) ** 2  # counted op by op
-    print(f"{model}, {B} captions of {G} rollouts; held all the time: {held / 1e9:.1f} GB (predicted)")
+    print(f"{model}, {B} captions of {G} rollouts, micro-batches of {cfg.micro_batch_size}")
     for step in range(cfg.disc_start, cfg.disc_start + 3):  # the first loads kernels and makes Adam's moments
         rollouts = []
         parts = {"rollout": lambda: rollouts.append(rollout(models, captions, u, cfg))}
@@ -169,7 +147,7 @@ def bench_step(model, cfg):
         parts["decoder"] = lambda: update_decoder(models, rollouts[0], 2 * images - 1, step, cfg)
         for part, function in parts.items():
             seconds, peak = measure(function, cfg.device)
-            rows.append(dict(zip(STEP, (step - cfg.disc_start, part, seconds, peak, predicted[part] / 1e9))))
+            rows.append({"step": step - cfg.disc_start, "part": part, "seconds": seconds, "peak GB": peak})
     train.print_table(rows)
 
 

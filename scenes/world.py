@@ -17,7 +17,6 @@ checkpoint would be. Nothing of the method is here, and nothing that a real chec
 """
 
 import argparse
-import functools
 import itertools
 import multiprocessing
 import zlib
@@ -85,27 +84,23 @@ def tokenize(captions):
     return torch.tensor([[VOCABULARY.index(word) for word in f"<start> {text} <end>".split()] for text in captions])
 
 
-@functools.cache
-def word_vector(word, dim):
-    """The stand-in for a text encoder: a frozen Gaussian vector (dim,), seeded by the word."""
-    rng = np.random.default_rng(zlib.crc32(word.encode()))
-    return torch.from_numpy(rng.standard_normal(dim, dtype=np.float32))
-
-
 class WordVectors:
-    """The world's text encoder (see policy.py): a vector (dim,) a word. Raises InputError for a word it
-    lacks.
+    """The world's text encoder (see policy.py): a frozen Gaussian vector (dim,) a word, seeded by the word.
+
+    Raises InputError for a word it lacks.
     """
 
     def __init__(self, dim, length, device):
-        self.dim, self.length, self.device = dim, length, device
+        self.length, self.device = length, device
+        streams = {word: np.random.default_rng(zlib.crc32(word.encode())) for word in VOCABULARY[1:-1]}
+        self.vectors = {word: torch.from_numpy(rng.standard_normal(dim, "f4")) for word, rng in streams.items()}
 
     def __call__(self, captions):
         for text in captions:
-            fits = 0 < len(text.split()) <= self.length and set(text.split()) <= set(VOCABULARY)
-            known = ", ".join(VOCABULARY[1:-1])
-            expect(fits, f"{text!r}: the embedded world reads 1 to {self.length} of the words {known}")
-        rows = [torch.stack([word_vector(word, self.dim) for word in text.split()]) for text in captions]
+            fits = 0 < len(text.split()) <= self.length and set(text.split()) <= set(self.vectors)
+            words = ", ".join(self.vectors)
+            expect(fits, f"{text!r}: the embedded world reads 1 to {self.length} of the words {words}")
+        rows = [torch.stack([self.vectors[word] for word in text.split()]) for text in captions]
         cond, cond_mask = left_pad(rows, max(map(len, rows)))
         return cond.to(self.device), cond_mask.to(self.device)
 
@@ -149,7 +144,7 @@ def draw(attributes, nuisance, rng):
     coverage = (0.5 - outline * RESOLUTION / 2).clamp(0, 1)  # anti-aliased over one pixel
 
     # Paint: a texture of two inks, lit from one side.
-    across, along = torch.sin(q * (2 * torch.pi / 0.44) + torch.pi / 2 * hidden["phase"][:, :, None, None]).unbind(1)
+    across, along = torch.sin(q * (2 * torch.pi / 0.5) + torch.pi / 2 * hidden["phase"][:, :, None, None]).unbind(1)
     inks = torch.stack([torch.full_like(across, 9.0), along, across + along - 0.6, 2 * across * along], 1)
     ink = 0.3 + 0.7 * torch.sigmoid(4 * inks[row, texture])
     light = 1 + (0.4 * torch.einsum("ni,nihw->nhw", hidden["light"], p)).clamp(-0.2, 0.2)
