@@ -12,6 +12,7 @@ import copy
 import ctypes
 import hashlib
 import http.server
+import importlib
 import json
 import math
 import multiprocessing
@@ -729,11 +730,22 @@ def test_files_that_cannot_be_used(capsys, tmp_path):
         torch.save({prefix + name: x for name, x in entries.items()}, tmp_path / "wrapped.pt")
         assert same(vqs.load_state_dict(tmp_path / "wrapped.pt"), entries)
 
-    (tmp_path / "t5").mkdir()
-    assert "expected the folder of flan-t5-xl, whole" in refused(capsys, f"{draw} --t5 {tmp_path}/t5")
-    for name in ("config.json", "model.safetensors"):  # without its tokenizer's files every word would be <unk>
-        shutil.copy(F / "flan-t5-xl" / name, tmp_path / "t5")
-    assert f"{tmp_path}/t5: " in refused(capsys, f"{draw} --t5 {tmp_path}/t5")
+    t5, weights = tmp_path / "t5", "model.safetensors"
+    t5.mkdir()
+    assert "expected the folder of flan-t5-xl, whole" in refused(capsys, f"{draw} --t5 {t5}")
+    for name in ("config.json", weights):  # without its tokenizer's files every word would be <unk>
+        shutil.copy(F / "flan-t5-xl" / name, t5)
+    assert f"{t5}: " in refused(capsys, f"{draw} --t5 {t5}")
+    shutil.copytree(F / "flan-t5-xl", t5, dirs_exist_ok=True)
+    entries = safetensors.torch.load_file(t5 / weights)
+    del entries["encoder.final_layer_norm.weight"]
+    safetensors.torch.save_file(entries, t5 / weights, {"format": "pt"})
+    assert "lacks the weights ['encoder.final_layer_norm" in refused(capsys, f"{draw} --t5 {t5}")
+    shutil.copy(tmp_path / "pointer.pt", t5 / weights)
+    assert f"{weights} is text: a Git-LFS pointer" in refused(capsys, f"{draw} --t5 {t5}")
+    open_clip.add_model_config(F)
+    scorer = f"{RUN} --reward-weights {tmp_path}/pointer.pt --out {tmp_path}/run"
+    assert "pointer.pt is text: a Git-LFS pointer" in refused(capsys, scorer, lines=2)  # one image has no caption
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -760,7 +772,9 @@ def test_janus_folders_that_cannot_be_used(capsys, tmp_path):
 
 def test_what_is_missing_is_said_at_once(capsys, tmp_path):
     """Else a user without --data trains on the folder that he stands in, or mends one path a start."""
-    assert "--data DIR" in refused(capsys, RUN.replace(f"--data {F}/pairs", ""), lines=2)
+    assert "--data DIR" in refused(capsys, RUN.replace(f"--data {F}/pairs", f"--out {tmp_path}/run"), lines=2)
+    # Before anything is fetched:
+    assert "/proc/no: cannot be made" in refused(capsys, f"{RUN} --vq gone --out /proc/no")
     gone = {name: f"--{name} {tmp_path}/gone-{name}" for name in ("vq", "t5", "vgg", "lpips", "data")}
     said = refused(capsys, f"{RUN} {' '.join(gone.values())}", lines=6)
     assert all(option in said for option in gone.values())
@@ -885,6 +899,8 @@ def test_a_full_disk_leaves_what_was_saved(data_run, tmp_path):
     said = end(start(f"--resume --max-steps 5 --out {out}", fill_disk), status=2)
     assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*"))
     assert all((out / name).read_bytes() == (data_run[0] / name).read_bytes() for name in ("vq.pt", "ckpt.pt"))
+    with pytest.raises(vqs.InputError, match="/dev/full: cannot be written"):
+        train.log_step("/dev/full", 1, train.parse_config([]), {"reward": 1.0})
 
 
 def test_numbers_that_stay_wrong_end_the_run(tmp_path):
@@ -987,6 +1003,59 @@ def test_torchrun_hands_a_signal_on(tmp_path):
     assert torch.load(tmp_path / "run" / "ckpt.pt")["step"] == len(read_log(tmp_path / "run"))
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def ablations():
+    """The README's edits of rankee.py: (text that goes, text that comes)."""
+    for block in re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S):
+        yield tuple("\n".join(line[1:] for line in block.splitlines() if line[0] == sign) for sign in "-+")
+
+
+def run_here(arguments):
+    """train.py's main, of the files in the working directory."""
+    for name in ("rankee", "policy", "vq", "metrics", "train", "scenes", "scenes.world"):
+        del sys.modules[name]
+    sys.path.insert(0, os.getcwd())
+    importlib.import_module("train").main(arguments)
+
+
+def log_of_an_edited_copy(tree, old="", new=""):
+    """The log of two steps in a copy of the project, with an edit of rankee.py."""
+    shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".git", "runs", "testdata", "__pycache__", ".venv"))
+    source = (tree / "rankee.py").read_text("utf-8")
+    (tree / "rankee.py").write_text(source.replace(old, new) if old else source, "utf-8")
+    small = "--max-steps 2 --eval-samples 16 --batch-size 2 --group-size 4 --real-batch-size 2 --warmup-steps 0"
+    end(start(small, lambda: os.chdir(tree), run_here))
+    return [line | {"seconds": 0} for line in read_log(tree / "runs" / "scenes")]
+
+
+@pytest.fixture(scope="module")
+def unedited_log(tmp_path_factory):
+    return log_of_an_edited_copy(tmp_path_factory.mktemp("unedited") / "tree")
+
+
+@pytest.mark.parametrize("old, new", list(ablations()), ids=range(3))
+def test_the_readmes_ablations_apply_and_run(tmp_path, unedited_log, old, new):
+    """Else the first edit a reader tries fails, or changes nothing."""
+    assert (HERE / "rankee.py").read_text("utf-8").count(old) == 1
+    assert len(old.splitlines() + new.splitlines()) <= 5
+    assert log_of_an_edited_copy(tmp_path / "tree", old, new) != unedited_log
+
+
+def test_the_readme_names_what_there_is():
+    """Else a reader types an option, or looks for a function, that is gone; or the page outgrows its readers."""
+    text = (HERE / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1800 and max(map(len, text.splitlines())) <= 120
+    options = set(re.findall(r"--[\w-]+", train.option_parser().format_help()))
+    others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--pretrain"}
+    assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
+    table = re.search(r"\| in the paper.*?\n\n", text, re.S).group()
+    source = (HERE / "rankee.py").read_text("utf-8")
+    for name in re.findall(r"`(\w+)`", table.split("\n", 2)[2]):
+        assert hasattr(rankee, name) or f'"{name}"' in source, name
 
 
 # ---- the embedded world ----------------------------------------------------------------------------------------------
@@ -1799,6 +1868,8 @@ def test_token_kl_of_images_is_that_of_their_codes(tmp_path, capfd):
         ("fid narrow.npz a --inception inception.pth", "expected a .npz with mu (2048,)"),
         ("fid nan.npz a --inception inception.pth", "not finite"),
         ("fid a a --inception lfs.pth", "a Git-LFS pointer"),
+        ("fid a empty --inception lfs.pth", "empty: no images"),  # both sides before the network
+        ("token-kl a empty --vq lfs.pth", "empty: no images"),
         ("fid a a --inception inception.pth --image-size -5", "--image-size"),
         ("fid a", "take two paths"),
         ("fid a a --image 5", "unrecognized arguments"),
@@ -1865,50 +1936,3 @@ def test_a_step_of_xls_shape_fits_into_24_gb():
         logs = rankee.train_step(models, CAPTIONS, images * 2 - 1, u, step, cfg)
         assert all(map(math.isfinite, logs.values())), logs
     assert torch.cuda.max_memory_allocated() < 24e9
-
-
-# ---- README ----------------------------------------------------------------------------------------------------------
-
-
-def ablations():
-    """The README's edits of rankee.py: (text that goes, text that comes)."""
-    for block in re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S):
-        yield tuple("\n".join(line[1:] for line in block.splitlines() if line[0] == sign) for sign in "-+")
-
-
-def log_of_an_edited_copy(tree, old="", new=""):
-    """The log of two steps in a copy of the project, with an edit of rankee.py."""
-    shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".git", "runs", "testdata", "__pycache__", ".venv"))
-    source = (tree / "rankee.py").read_text("utf-8")
-    (tree / "rankee.py").write_text(source.replace(old, new) if old else source, "utf-8")
-    small = "--max-steps 2 --eval-samples 16 --batch-size 2 --group-size 4 --real-batch-size 2 --warmup-steps 0"
-    run = subprocess.run([sys.executable, "train.py", *small.split()], cwd=tree, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    lines = (tree / "runs" / "scenes" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) | {"seconds": 0} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def unedited_log(tmp_path_factory):
-    return log_of_an_edited_copy(tmp_path_factory.mktemp("unedited") / "tree")
-
-
-@pytest.mark.parametrize("old, new", list(ablations()), ids=range(3))
-def test_the_readmes_ablations_apply_and_run(tmp_path, unedited_log, old, new):
-    """Else the first edit a reader tries fails, or changes nothing."""
-    assert (HERE / "rankee.py").read_text("utf-8").count(old) == 1
-    assert len(old.splitlines() + new.splitlines()) <= 5
-    assert log_of_an_edited_copy(tmp_path / "tree", old, new) != unedited_log
-
-
-def test_the_readme_names_what_there_is():
-    """Else a reader types an option, or looks for a function, that is gone; or the page outgrows its readers."""
-    text = (HERE / "README.md").read_text("utf-8")
-    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1800 and max(map(len, text.splitlines())) <= 120
-    options = set(re.findall(r"--[\w-]+", train.option_parser().format_help()))
-    others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--pretrain"}
-    assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
-    table = re.search(r"\| in the paper.*?\n\n", text, re.S).group()
-    source = (HERE / "rankee.py").read_text("utf-8")
-    for name in re.findall(r"`(\w+)`", table.split("\n", 2)[2]):
-        assert hasattr(rankee, name) or f'"{name}"' in source, name

@@ -8,8 +8,7 @@
 Each run is an ordinary `python train.py --out OUT/seed-N/KEY`, its output in OUT/seed-N/KEY.log; some go on
 at a time, with a core each. Ctrl-C or SIGTERM ends them after their step, saved; the same command goes on
 from there, or adds seeds and ablations to what is done. It leaves results.json (every measurement of every
-run, with seed and key), swap.json (every policy through every decoder), pareto.png, swap.png, and prints the
-tables.
+run, with seed and key), swap.json (every policy through every decoder), pareto.png, and prints the tables.
 
 A run is reported through its own decoder, standard RL through the base's, which it has kept.
 """
@@ -36,19 +35,18 @@ from rankee import random_stream, uniform
 from scenes import world
 from vq import atomic_save, expect, read_checkpoint
 
-# Key: (label, the options that make it of RankE). The order is that of tables and legends, nothing else.
+# Key: the options that make it of RankE. The order is that of tables and legends, nothing else.
 ABLATIONS = {
-    "real": ("real images", "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions"),
-    "rl": ("standard RL", "--method rl"),
-    "decoder": ("decoder only", "--method decoder"),
-    "uniform": ("uniform GAN", "--gan uniform"),
-    "k1": ("RankE, K = 1", "--rank-k 1"),
-    "no-consistency": ("RankE, λ_c = 0", "--lambda-c 0"),
-    "ema-reference": ("RankE, π_ref = EMA", "--ref-policy ema"),
-    "ranke": ("RankE", ""),
+    "real-images": "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions",
+    "rl": "--method rl",
+    "decoder-only": "--method decoder",
+    "uniform-gan": "--gan uniform",
+    "k1": "--rank-k 1",
+    "no-consistency": "--lambda-c 0",
+    "ema-reference": "--ref-policy ema",
+    "ranke": "",
 }
-STANDARD = ("real", "rl", "decoder", "uniform", "ranke")  # run always, and swapped; the others by --ablations
-LABELS = {"base": "base"} | {key: label for key, (label, _) in ABLATIONS.items()}
+STANDARD = ("real-images", "rl", "decoder-only", "uniform-gan", "ranke")  # run always; the others by --ablations
 NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
 
 
@@ -96,11 +94,8 @@ def run_all(commands, processes):
             child.wait()
 
 
-def swap(configs, path):
-    """Rows that measure each policy of a seed through each decoder, kept in `path`; configs: key -> settings."""
-    newest = max(Path(run.out, "ckpt.pt").stat().st_mtime for run in configs.values())
-    if path.exists() and path.stat().st_mtime > newest:
-        return json.loads(path.read_text())
+def swap(configs):
+    """Rows that measure each policy of a seed through each decoder; configs: key -> settings."""
     cfg, rows = configs["ranke"], []  # of its settings, only those that all of the seed's runs share are read
     pairs = {"base": train.load_pretrained(cfg)}  # key -> policy, tokenizer, text encoder
     for key, run in configs.items():
@@ -116,7 +111,6 @@ def swap(configs, path):
         tokens, *drawn = train.sample_images(policy, decoders.values(), text_encoder, evaluation.captions, u, cfg)
         for decoder, images in zip(decoders, drawn):
             rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | evaluation(tokens, images))
-    save_json(path, rows)
     return rows
 
 
@@ -135,7 +129,7 @@ def by_step(rows, decoder):
 
 def print_table(title, found, reference=None):
     """Means over the seeds; found: key -> a row for each seed. Less `reference`, such rows, within a seed."""
-    print(f"\n{title:26}" + "".join(f"{name:>18}" for name in NUMBERS))
+    lines = []
     for key, rows in found.items():
         values = np.array([[row[name] for name in NUMBERS] for row in rows])  # (seeds, numbers)
         if reference:
@@ -144,19 +138,20 @@ def print_table(title, found, reference=None):
         if len(rows) > 1:
             errors = values.std(0, ddof=1) / len(rows) ** 0.5
             cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors)]
-        print(f"{LABELS[key]:26}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append({title: key} | dict(zip(NUMBERS, cells)))
+    train.print_table(lines)
 
 
 def print_tables(own, through_base):
     """own, through_base: key -> `by_step` of each seed's run."""
     base = [rows[0] for rows in own["ranke"]]
     last = {"base": base} | {key: [rows[max(rows)] for rows in own[key]] for key in own}
-    print_table(f"means, seeds: {len(base)}", last)
+    print_table(f"{len(base)} seeds", last)
     print_table("minus base", last, base)
-    print_table("minus standard RL", last, last["rl"])
+    print_table("minus rl", last, last["rl"])
     # Policies that have moved; the others are base's.
     moved = {key: found for key, found in through_base.items() if last[key][0]["method"] != "decoder"}
-    print_table("through base's decoder", {key: [rows[max(rows)] for rows in moved[key]] for key in moved})
+    print_table("base's decoder", {key: [rows[max(rows)] for rows in moved[key]] for key in moved})
     print(f"\nafter {last['ranke'][0]['step']} steps; clip is x 100; ± is a mean's standard error")
 
 
@@ -165,23 +160,18 @@ def draw_pareto(figure, own):
     axes = figure.add_subplot(xlabel="CLIP × 100 (higher is better)", ylabel="Fréchet distance (lower is better)")
     for key, found in own.items():
         clip, distance = ([np.mean([rows[n][x] for rows in found]) for n in found[0]] for x in ("clip", "frechet"))
-        axes.plot(clip, distance, "o-", markersize=3, label=LABELS[key])
+        axes.plot(clip, distance, "o-", markersize=3, label=key)
     axes.legend()
 
 
-def draw_swap(figure, rows):
-    """The distance, and CLIP, of each policy through each decoder, means over the seeds."""
-    policies = [key for key in LABELS if any(row["policy"] == key for row in rows)]
-    decoders = [key for key in LABELS if any(row["decoder"] == key for row in rows)]
-    axes = figure.add_subplot(xlabel="decoder", ylabel="policy", title="Fréchet distance (CLIP × 100)")
-    axes.set_xticks(range(len(decoders)), [LABELS[key] for key in decoders])
-    axes.set_yticks(range(len(policies)), [LABELS[key] for key in policies])
-    distances = np.empty((len(policies), len(decoders)))
-    for y, x in np.ndindex(distances.shape):
-        cell = [row for row in rows if row["policy"] == policies[y] and row["decoder"] == decoders[x]]
-        distances[y, x], clip = (np.mean([row[name] for row in cell]) for name in ("frechet", "clip"))
-        axes.text(x, y, f"{distances[y, x]:.1f}\n({clip:.1f})", ha="center", va="center")
-    axes.imshow(distances, cmap="RdYlGn_r", aspect="auto", alpha=0.6)
+def print_swap(rows):
+    """The distance, and CLIP, of each policy (a line) through each decoder, means over the seeds."""
+    lines = {}
+    for policy, decoder in dict.fromkeys((row["policy"], row["decoder"]) for row in rows):
+        found = [row for row in rows if (row["policy"], row["decoder"]) == (policy, decoder)]
+        distance, clip = (np.mean([row[name] for row in found]) for name in ("frechet", "clip"))
+        lines.setdefault(policy, {"policy": policy})[decoder] = f"{distance:.2f} ({clip:.1f})"
+    train.print_table(list(lines.values()))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -197,7 +187,7 @@ def compare(args, options):
         folder = out / f"seed-{seed}"
         train.make_folder(folder)
         here = ["--seed", str(seed), "--out"]
-        of_run = ["--eval-every", "50", *options, *ABLATIONS[key][1].split(), *here, str(folder / key)]
+        of_run = ["--eval-every", "20", *options, *ABLATIONS[key].split(), *here, str(folder / key)]
         if args.own_bases:
             of_run += ["--base", str(folder / "base")]
             if len(list(folder.glob("base/*.pt"))) < 3:  # policy, tokenizer, judges
@@ -218,10 +208,10 @@ def compare(args, options):
     save_figure(out / "pareto.png", (7, 4.5), draw_pareto, own)
     swaps = []
     for seed in seeds:
-        swaps += swap({key: configs[seed, key] for key in STANDARD}, out / f"seed-{seed}" / "swap.json")
+        swaps += swap({key: configs[seed, key] for key in STANDARD})
     save_json(out / "swap.json", swaps)
-    save_figure(out / "swap.png", (7, 4.5), draw_swap, swaps)
-    print(f"results.json, swap.json, pareto.png, swap.png and all runs are in {out}")
+    print_swap(swaps)
+    print(f"results.json, swap.json, pareto.png and all runs are in {out}")
 
 
 def main():
