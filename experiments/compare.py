@@ -20,7 +20,6 @@ import importlib.util
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +55,7 @@ NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_e
 def left_to_do(cfg, options):
     """The options that complete a run of train.py, None if it is complete. Other settings are an InputError."""
     checkpoint = Path(cfg.out, "ckpt.pt")
-    if not checkpoint.exists():  # stopped before its first save
-        shutil.rmtree(cfg.out, ignore_errors=True)
+    if not checkpoint.exists():  # not begun, or stopped before its first save
         return options
     saved = read_checkpoint(checkpoint)
     for name, value in dataclasses.asdict(cfg).items():
