@@ -438,8 +438,8 @@ def pretrain(out, seed):
     # Two processes with a core each beat one with two; each trains half of what can be trained at a time.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         features = pool.submit(train_scene_net, "features", 2500, seed + 1000)  # another seed than the perceptual net's
-        perceptual = pool.submit(train_scene_net, "perceptual", 800, seed).result()
-        tokenizer = pool.submit(train_vq, perceptual, 4600, seed)
+        perceptual = pool.submit(train_scene_net, "perceptual", 1500, seed).result()
+        tokenizer = pool.submit(train_vq, perceptual, 9000, seed)
         reward = pool.submit(train_reward, 2200, seed)
         finetuned = pool.submit(finetune_decoder_gan, tokenizer.result(), perceptual.lpips(), 600, seed)
         policy = pool.submit(train_policy, tokenizer.result(), 6000, seed)
