@@ -92,7 +92,7 @@ SCENES = f"""
 --out runs/scenes --data scenes --image-size {world.RESOLUTION} --max-steps 60 --batch-size 8 --cfg-scale 2.25 --top-k 0
 --rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --real-batch-size 32 --cfg-logprobs
 --policy-lr 5e-4 --warmup-steps 10 --kl-coef 0.2 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
---decoder-lr 2e-5 --disc-lr 2e-4 --disc-start 0 --lambda-d 0.005 --decoder-ema 0.95 --rank-zscore
+--decoder-lr 2e-5 --disc-lr 1e-3 --disc-start 0 --lambda-d 0.005 --decoder-ema 0.95 --rank-zscore
 """
 # The authors' for Janus-Pro-1B, where they differ from LlamaGen-XL's. Two accumulated batches of 2 captions
 # are our 4.
