@@ -1227,6 +1227,7 @@ def test_the_readme_names_what_there_is():
     """Else a reader types an option, or looks for a function, that is gone; or the page outgrows its readers."""
     text = (HERE / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1800 and max(map(len, text.splitlines())) <= 120
+    assert len(train.TrainConfig.__dataclass_fields__) <= 60
     options = set(re.findall(r"--[\w-]+", train.option_parser().format_help()))
     others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--pretrain"}
     assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
