@@ -52,7 +52,7 @@ class VQConfig:
 
 
 def group_norm(channels):
-    return nn.GroupNorm(1, channels, eps=1e-6)
+    return nn.GroupNorm(1, channels, eps=1e-6)  # `VQModel` sets the number of groups
 
 
 class ResnetBlock(nn.Module):
