@@ -315,11 +315,18 @@ def reading(path, expected, errors=Exception, done="read"):
         yield
     except errors as error:
         reason = f"{error!r:.300}"
-        for file in Path(path).glob("*") if Path(path).is_dir() else [Path(path)]:
-            # Of these a library says anything, and PyTorch to switch its protection off.
-            if file.is_file() and file.open("rb").read(9).startswith((b"version h", b"<")):
-                reason = f"{file.name} is text: a Git-LFS pointer or a web page"
+        files = Path(path).glob("*") if Path(path).is_dir() else [Path(path)]
+        # Of these a library says anything, and PyTorch to switch its protection off.
+        for file in filter(is_pointer_or_page, files if done == "read" else []):
+            reason = f"{file.name} is text: a Git-LFS pointer or a web page"
         raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
+
+
+def is_pointer_or_page(path):
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return False
+    with open(path, "rb") as file:
+        return file.read(9).startswith((b"version h", b"<"))
 
 
 def read_checkpoint(path):
