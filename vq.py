@@ -243,8 +243,8 @@ def load_vq(state_dict, norm_groups=32):
 def patch_discriminator(ndf=64, n_layers=3, kernel=4):
     """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
 
-    With kernel 4 a patch of `n_layers` = 3 has 70 pixels a side (VQ-GAN's size), with kernel 3 and 2 layers
-    25.
+    With kernel 4 a patch of `n_layers` = 3 has 70 pixels a side (VQ-GAN's size), with kernel 3 and 1 layer
+    11.
     """
     widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
     layers = [nn.Conv2d(3, ndf, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]

@@ -238,7 +238,8 @@ def small_clip():
 
 
 def small_discriminator():
-    return patch_discriminator(32, n_layers=2, kernel=4)
+    """Patches of 11 pixels: one that saw a whole scene would judge shapes, which a decoder cannot mend, and never rest."""
+    return patch_discriminator(32, n_layers=1, kernel=3)
 
 
 class Judges:
@@ -442,7 +443,7 @@ def pretrain(out, seed):
         tokenizer = pool.submit(train_vq, perceptual, 9000, seed)
         reward = pool.submit(train_reward, 2200, seed)
         finetuned = pool.submit(finetune_decoder_gan, tokenizer.result(), perceptual.lpips(), 600, seed)
-        policy = pool.submit(train_policy, tokenizer.result(), 6000, seed)
+        policy = pool.submit(train_policy, tokenizer.result(), 3000, seed)
         vq, discriminator = finetuned.result()
         judges = {"reward": reward.result(), "perceptual": perceptual, "features": features.result()}
         judges["discriminator"] = discriminator
