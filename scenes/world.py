@@ -238,7 +238,7 @@ def small_clip():
 
 
 def small_discriminator():
-    """Patches of 11 pixels: one that saw a whole scene would judge shapes, which a decoder cannot mend, and never rest."""
+    """Patches of 11 pixels; one that sees a whole scene never rests, and moves the decoder (experiments/README.md)."""
     return patch_discriminator(32, n_layers=1, kernel=3)
 
 
