@@ -32,7 +32,7 @@ from torch import nn
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
 from policy import GPTConfig, Policy, left_pad, token_logprobs
 from rankee import hinge_d_loss, in_batches, random_stream, reconstruction_anchor
-from vq import LPIPS, VQConfig, VQModel, atomic_save, expect, patch_discriminator
+from vq import LPIPS, VQConfig, VQModel, atomic_save, expect, patch_discriminator, read_checkpoint, reading
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32
@@ -246,12 +246,14 @@ class Judges:
     """The networks that judge a run (see `rankee.Models`), and the feature net, which no training sees."""
 
     def __init__(self, folder, device):
-        state_dicts = torch.load(Path(folder, "judges.pt"), weights_only=True)
+        path = Path(folder, "judges.pt")
+        state_dicts = read_checkpoint(path)
         networks = {"reward": small_clip(), "perceptual": SceneNet(), "features": SceneNet()}
         networks["discriminator"] = small_discriminator()
-        for name, network in networks.items():
-            network.load_state_dict(state_dicts[name])
-            network.to(device).eval()
+        with reading(path, "the judges of a base of this version; make one: python -m scenes.world --pretrain"):
+            for name, network in networks.items():
+                network.load_state_dict(state_dicts[name])
+                network.to(device).eval()
         self.scorer = CLIPScore(networks["reward"], tokenize, [0.5] * 3, [0.5] * 3).to(device)
         self.lpips = networks["perceptual"].lpips()
         self.feature_net = networks["features"].requires_grad_(False)
