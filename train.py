@@ -319,7 +319,7 @@ def load_pretrained(cfg):
             sizes = json.loads(Path(cfg.ckpt, "config.json").read_text("utf-8-sig"))
         policy = load(cfg.ckpt, load_janus, sizes, text_encoder.pad_id, grid_size)
     else:
-        policy = load(cfg.ckpt, load_llamagen, grid_size, world.HEAD_DIM if scenes else None)
+        policy = load(cfg.ckpt, load_llamagen, grid_size, world.POLICY.head_dim if scenes else None)
         width, length = policy.config.caption_dim, policy.config.cls_token_num
         if scenes:
             text_encoder = world.WordVectors(width, length, cfg.device)

@@ -4,13 +4,12 @@
     python -m experiments.bench --step                     whole training steps, part by part, on a GPU
     python -m experiments.bench --step -- --rank-k 4       what follows -- are options of train.py
 
-Sampling is shown beside what the machine reads (a matrix-vector product over as many bytes as the weights
-have) and multiplies in the same run: a decoding step reads all weights and the cache, so with few rows it
-takes at least the time of that. Captions have their full length. On a CPU the peak of memory is the whole
-process'.
+Sampling is shown beside what the machine reads in the same run (a matrix-vector product over as many bytes as
+the weights have): a decoding step reads all weights and the cache (GB/s are of these two), so with few rows it
+takes at least the time of that. Captions have their full length. On a CPU images have 64 tokens, and the peak
+of memory is the whole process'.
 """
 
-import argparse
 import importlib.util
 import itertools
 import time
@@ -23,7 +22,7 @@ from torchvision.models import vgg16
 
 import policy as policies
 import train
-from experiments.curves import run_script
+from experiments.curves import run_script, script_parser
 from metrics import CLIPScore
 from policy import GPTConfig, Policy, decode_n_tokens, generate
 from rankee import Models, rollout, update_decoder, update_policy
@@ -31,13 +30,11 @@ from vq import VQConfig, VQModel, expect, load_lpips, patch_discriminator
 
 MODELS = {  # LlamaGen's; tiny is about the embedded world's
     "XL": GPTConfig(dim=1280, n_layer=36, head_dim=64, ffn_dim=3584),
-    "L": GPTConfig(dim=1024, n_layer=24, head_dim=64, ffn_dim=2816),
     "B": GPTConfig(dim=768, n_layer=12, head_dim=64, ffn_dim=2048),
     "tiny": GPTConfig(96, 3, 16, 256, vocab_size=512, cls_token_num=8, caption_dim=64, grid_size=8),
 }
 CFG_SCALE, TOP_K = 7.5, 1000  # LlamaGen's
-SAMPLING = "CUDA graph,captions,cfg_scale,tokens/s,ms a step,GB/s,of reading,of FLOP/s,peak GB".split(",")
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SAMPLING = "CUDA graph,captions,cfg_scale,tokens/s,ms a step,GB/s,of reading,peak GB".split(",")
 
 
 def random_captions(config, B, device):
@@ -64,27 +61,26 @@ def measure(function, device, times=1):
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def measure_machine(device, dtype, width, n):
-    """What this machine reads (bytes/s; n numbers in rows of `width`) and multiplies (FLOP/s) at present."""
-    side = 8192 if device == "cuda" else 2048
-    square, matrix = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((side, side), (n // width, width)))
+def measure_reading(device, dtype, width, n):
+    """What this machine reads at present, bytes/s; n numbers in rows of `width`."""
+    matrix = torch.randn(n // width, width, device=device, dtype=dtype)
     for _ in range(2):  # the first loads kernels
-        multiplying = measure(lambda: square @ square, device, times=3)[0]
-        reading = measure(lambda: matrix @ square[0, :width], device, times=3)[0]
+        bandwidth = n * dtype.itemsize / measure(lambda: matrix @ matrix[0], device, times=3)[0]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    bandwidth, flops = n * dtype.itemsize / reading, 2 * side**3 / multiplying
-    print(f"{name}, torch {torch.__version__}: {flops / 1e12:.2f} TFLOP/s at {side}³, reads {bandwidth / 1e9:.1f} GB/s")
-    return bandwidth, flops
+    print(f"{name}, torch {torch.__version__}: reads {bandwidth / 1e9:.1f} GB/s")
+    return bandwidth
 
 
 @torch.no_grad()
-def bench_sampling(model, batches, n, cfg):
-    """Prints how fast images of n tokens are sampled, the reading of the captions included."""
-    config, device, dtype, rows = MODELS[model], cfg.device, DTYPES[cfg.precision], []
-    with torch.device(device):
+def bench_sampling(model, batches, cfg):
+    """Prints how fast images are sampled, the reading of the captions included."""
+    config, device, rows = MODELS[model], cfg.device, []
+    n = config.grid_size**2 if device == "cuda" else 64
+    with torch.device(device), train.make_autocast(cfg):
         policy = Policy(config)
+        dtype = policy.new_kv_cache(1, 1).dtype
     weights = sum(weight.numel() for part in (policy.layers, policy.output) for weight in part.parameters())
-    bandwidth, flops = measure_machine(device, dtype, config.dim, weights)
+    bandwidth = measure_reading(device, dtype, config.dim, weights)
     print(f"{model}, {dtype}: {weights * dtype.itemsize / 1e9:.2f} GB of weights are read a step; {n} tokens an image")
 
     def draw(B, cfg_scale, n):
@@ -100,11 +96,10 @@ def bench_sampling(model, batches, n, cfg):
         seconds, peak = measure(lambda: draw(B, cfg_scale, n), device)
         step, R = seconds / n, B if cfg_scale == 1 else 2 * B
         cached = R * (config.cls_token_num + n / 2) * 2 * config.n_layer * config.dim  # on average
-        read, multiplied = (weights + cached) * dtype.itemsize / step, 2 * weights * R / step
-        row = ["yes" if graph else "no", B, cfg_scale, B / step, 1e3 * step, read / 1e9]
-        rows.append(dict(zip(SAMPLING, [*row, f"{read / bandwidth:.0%}", f"{multiplied / flops:.1%}", peak])))
+        read = (weights + cached) * dtype.itemsize / step
+        row = ["yes" if graph else "no", B, cfg_scale, B / step, 1e3 * step, read / 1e9, f"{read / bandwidth:.0%}"]
+        rows.append(dict(zip(SAMPLING, [*row, peak])))
     train.print_table(rows)
-    print("\nGB/s: of weights and cache, which a step has to read")
 
 
 # ---- a training step -------------------------------------------------------------------------------------------------
@@ -152,25 +147,19 @@ def bench_step(model, cfg):
 
 
 def bench(args, options):
-    most = MODELS[args.model].grid_size ** 2
-    n = {"cpu": min(most, 64), "cuda": most}[args.device] if args.tokens is None else args.tokens
-    expect(min(args.batch) > 0 and 2 <= n <= most, f"--batch: expected 1 or more; --tokens: 2 to {most}")
-    expect(args.device == "cuda" or args.model == "tiny" or not args.step, "--step needs a GPU, or --model tiny")
-    cfg = train.parse_config(["--ckpt", "random", "--device", args.device, "--precision", args.dtype, *options])
+    cfg = train.parse_config(["--ckpt", "random", *options])
+    expect(min(args.batch) > 0, "--batch: expected 1 or more")
+    expect(cfg.device == "cuda" or args.model == "tiny" or not args.step, "--step needs a GPU, or --model tiny")
     if args.step:
         bench_step(args.model, cfg)
     else:
-        bench_sampling(args.model, args.batch, n, cfg)
+        bench_sampling(args.model, args.batch, cfg)
 
 
 def main():
-    raw, gpu = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
-    parser = argparse.ArgumentParser("bench.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    parser = script_parser("bench.py", __doc__)
     parser.add_argument("--model", choices=MODELS, default="XL", help="LlamaGen's size [%(default)s]")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="captions at a time [1 8]")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "float32", help="of passes [%(default)s]")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="[%(default)s]")
-    parser.add_argument("--tokens", type=int, help="tokens an image [the model's; on a CPU 64]")
     parser.add_argument("--step", action="store_true", help="training steps; on a CPU only with --model tiny")
     run_script(parser, bench)
 

@@ -1,7 +1,7 @@
 """The methods beside each other on the embedded world: the same base, seeds, rollouts and steps for each.
 
     python -m experiments.compare --seeds 5                       the whole comparison
-    python -m experiments.compare --ablations k1 ema-reference    more of them beside the others
+    python -m experiments.compare --ablations k1 ema-reference    only these beside RankE and standard RL
     python -m experiments.compare --own-bases                     a base of its own for each seed, made first
     python -m experiments.compare --out runs/d -- --lambda-d 0.1  what follows -- goes to each run of train.py
 
@@ -13,9 +13,7 @@ run, with seed and key), swap.json (every policy through every decoder), pareto.
 A run is reported through its own decoder, standard RL through the base's, which it has kept.
 """
 
-import argparse
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import json
@@ -29,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import train
-from experiments.curves import run_script, save_figure
+from experiments.curves import run_script, save_figure, script_parser
 from rankee import random_stream, uniform
 from scenes import world
 from vq import atomic_save, expect, read_checkpoint
@@ -45,8 +43,6 @@ ABLATIONS = {
     "ema-reference": "--ref-policy ema",
     "ranke": "",
 }
-STANDARD = ("real-images", "rl", "decoder-only", "uniform-gan", "ranke")  # run always; the others by --ablations
-NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -59,8 +55,8 @@ def left_to_do(cfg, options):
         return options
     saved = read_checkpoint(checkpoint)
     for name, value in dataclasses.asdict(cfg).items():
-        before = saved["config"].get(name)
-        expect(name == "resume" or value == before, f"{cfg.out} has {name} = {before}, not {value}; name another --out")
+        same = name == "resume" or value == saved["config"].get(name)
+        expect(same, f"{cfg.out} was run with another {name} than {value}; name another --out")
     return None if saved["step"] == cfg.max_steps else [*options, "--resume"]
 
 
@@ -70,15 +66,16 @@ def run_all(commands, processes):
     However this ends, also by a signal, no child is left: what goes on is told to stop, and saves after its
     step.
     """
-    waiting, running, environment = list(commands), {}, os.environ | {"OMP_NUM_THREADS": "1"}
+    waiting, running = list(commands), {}
     # A session of its own for each: Ctrl-C in the terminal reaches it through this process alone, once.
-    start = functools.partial(subprocess.Popen, env=environment, start_new_session=True)
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
     try:
         while waiting or running:
             if waiting and len(running) < processes:
                 log = waiting.pop(0)
                 with open(log, "ab") as file:
-                    running[log] = start([sys.executable, *commands[log]], stdout=file, stderr=file)
+                    command = [sys.executable, *commands[log]]
+                    running[log] = subprocess.Popen(command, stdout=file, stderr=file, **options)
                 print(f"{time.strftime('%H:%M:%S')}  {log.with_suffix('')} started, {len(waiting)} wait", flush=True)
             time.sleep(0.2)
             for log in [log for log, child in running.items() if child.poll() is not None]:
@@ -119,37 +116,33 @@ def save_json(path, content):
 # ---- tables and figures ----------------------------------------------------------------------------------------------
 
 
-def by_step(rows, decoder):
-    """A run's rows, step -> row: through its "own" decoder where it has one, or all through the "base"'s."""
-    found = {row["step"]: row for row in rows if row["decoder"] == "base"}
-    return found | {row["step"]: row for row in rows if row["decoder"] == decoder}
+def by_step(rows):
+    """A run's rows, step -> row, through its own decoder where it has one."""
+    return {row["step"]: row for row in sorted(rows, key=lambda row: row["decoder"] == "own")}
 
 
 def print_table(title, found, reference=None):
     """Means over the seeds; found: key -> a row for each seed. Less `reference`, such rows, within a seed."""
     lines = []
     for key, rows in found.items():
-        values = np.array([[row[name] for name in NUMBERS] for row in rows])  # (seeds, numbers)
+        values = np.array([[row[name] for name in world.NUMBERS] for row in rows])  # (seeds, numbers)
         if reference:
-            values = values - [[row[name] for name in NUMBERS] for row in reference]
+            values = values - [[row[name] for name in world.NUMBERS] for row in reference]
         cells = [f"{mean:.3f}" for mean in values.mean(0)]
         if len(rows) > 1:
             errors = values.std(0, ddof=1) / len(rows) ** 0.5
             cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors)]
-        lines.append({title: key} | dict(zip(NUMBERS, cells)))
+        lines.append({title: key} | dict(zip(world.NUMBERS, cells)))
     train.print_table(lines)
 
 
-def print_tables(own, through_base):
-    """own, through_base: key -> `by_step` of each seed's run."""
+def print_tables(own):
+    """own: key -> `by_step` of each seed's run."""
     base = [rows[0] for rows in own["ranke"]]
     last = {"base": base} | {key: [rows[max(rows)] for rows in own[key]] for key in own}
     print_table(f"{len(base)} seeds", last)
     print_table("minus base", last, base)
     print_table("minus rl", last, last["rl"])
-    # Policies that have moved; the others are base's.
-    moved = {key: found for key, found in through_base.items() if last[key][0]["method"] != "decoder"}
-    print_table("base's decoder", {key: [rows[max(rows)] for rows in moved[key]] for key in moved})
     print(f"\nafter {last['ranke'][0]['step']} steps; clip is x 100; ± is a mean's standard error")
 
 
@@ -178,7 +171,7 @@ def print_swap(rows):
 def compare(args, options):
     expect(importlib.util.find_spec("matplotlib"), "it ends with figures: pip install matplotlib")
     expect(min(args.seeds, args.processes) > 0, "--seeds and --processes: expected 1 or more")
-    keys = [key for key in ABLATIONS if key in STANDARD or key in args.ablations]
+    keys = [key for key in ABLATIONS if key in ("rl", "ranke", *args.ablations)]
     out, seeds = Path(args.out), list(range(args.seed, args.seed + args.seeds))
     bases, commands, configs = {}, {}, {}
     for seed, key in itertools.product(seeds, keys):
@@ -201,24 +194,20 @@ def compare(args, options):
     runs = {run: json.loads(Path(cfg.out, "results.json").read_text()) for run, cfg in configs.items()}
     rows = [{"seed": seed, "ablation": key} | row for (seed, key), found in runs.items() for row in found]
     save_json(out / "results.json", rows)
-    own = {key: [by_step(runs[seed, key], "own") for seed in seeds] for key in keys}
-    print_tables(own, {key: [by_step(runs[seed, key], "base") for seed in seeds] for key in keys})
+    own = {key: [by_step(runs[seed, key]) for seed in seeds] for key in keys}
+    print_tables(own)
     save_figure(out / "pareto.png", (7, 4.5), draw_pareto, own)
-    swaps = []
-    for seed in seeds:
-        swaps += swap({key: configs[seed, key] for key in STANDARD})
+    swaps = [row for seed in seeds for row in swap({key: configs[seed, key] for key in keys})]
     save_json(out / "swap.json", swaps)
     print_swap(swaps)
-    print(f"results.json, swap.json, pareto.png and all runs are in {out}")
 
 
 def main():
-    raw, optional = argparse.RawDescriptionHelpFormatter, [key for key in ABLATIONS if key not in STANDARD]
-    parser = argparse.ArgumentParser("compare.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    parser = script_parser("compare.py", __doc__)
     parser.add_argument("--out", default="runs/compare", help="folder of the comparison [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="the first seed [%(default)s]")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from --seed on [%(default)s]")
-    parser.add_argument("--ablations", nargs="+", choices=optional, default=[], help="run these too")
+    parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=ABLATIONS, help="not all, but these")
     parser.add_argument("--own-bases", action="store_true", help="pre-train a base for each seed, minutes each")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time [%(default)s]")
     for number in (signal.SIGINT, signal.SIGTERM):

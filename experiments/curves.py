@@ -46,6 +46,11 @@ def save_figure(path, size, draw, *content):
     atomic_save(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
 
+def script_parser(name, doc):
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(name, None, doc, formatter_class=raw, allow_abbrev=False)
+
+
 def run_script(parser, function):
     """function(options, what follows -- on the command line); an InputError is one line and status 2."""
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -65,8 +70,7 @@ def curves(args, _):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("curves.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    parser = script_parser("curves.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
     run_script(parser, curves)

@@ -36,13 +36,13 @@ from vq import LPIPS, VQConfig, VQModel, atomic_save, expect, patch_discriminato
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32
-HEAD_DIM = 16  # of the policy; LlamaGen's 64 would leave it one and a half heads
 # Of the tokenizer. 32 channels in 32 groups are an instance norm: what an image's brightness is can then only
 # be told by one loud pixel that sets the scale of all others, and that pixel is seen as a speck (StyleGAN's
 # droplet).
 NORM_GROUPS = 8
 TOKENIZER = VQConfig(32, (1, 1, 2, 2), 1, 64, 1024, 8, NORM_GROUPS)  # factor 8: 16 codes of 10 bits a scene
-POLICY = GPTConfig(96, 3, HEAD_DIM, 256, TOKENIZER.codebook_size, cls_token_num=8, caption_dim=64, grid_size=4)
+# Heads of 16; LlamaGen's 64 would leave it one and a half.
+POLICY = GPTConfig(96, 3, 16, 256, TOKENIZER.codebook_size, cls_token_num=8, caption_dim=64, grid_size=4)
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
@@ -98,8 +98,9 @@ class WordVectors:
     def __call__(self, captions):
         for text in captions:
             fits = 0 < len(text.split()) <= self.length and set(text.split()) <= set(self.vectors)
-            words = ", ".join(self.vectors)
-            expect(fits, f"{text!r}: the embedded world reads 1 to {self.length} of the words {words}")
+            expect(
+                fits, f"{text!r}: expected 1 to {self.length} of the embedded world's words, {', '.join(self.vectors)}"
+            )
         rows = [torch.stack([self.vectors[word] for word in text.split()]) for text in captions]
         cond, cond_mask = left_pad(rows, max(map(len, rows)))
         return cond.to(self.device), cond_mask.to(self.device)
@@ -133,9 +134,8 @@ def draw(attributes, nuisance, rng):
     axis = (torch.arange(RESOLUTION) + 0.5) / RESOLUTION * 2 - 1
 
     # The object's own coordinates: moved, shifted, rotated.
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
     centre = 0.46 * (torch.stack([horizontal, vertical], 1) - 1) + 0.04 * hidden["shift"]
-    p = torch.stack([x, y]) - centre[:, :, None, None]  # (n, 2, H, W)
+    p = torch.stack(torch.meshgrid(axis, axis, indexing="xy")) - centre[:, :, None, None]  # (n, 2, H, W)
     angle = 0.2 * hidden["turn"][:, 0]
     turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(n, 2, 2)
     q = torch.einsum("nij,njhw->nihw", turn, p)
@@ -165,14 +165,19 @@ def render(attributes, rng):
     return draw(attributes, random_nuisance(len(attributes), rng), rng)
 
 
+def random_scenes(n, rng):
+    """Attributes (n, 7), nuisance (n, 30) and images (n, 3, 32, 32)."""
+    attributes, nuisance = random_attributes(n, rng), random_nuisance(n, rng)
+    return attributes, nuisance, draw(attributes, nuisance, rng)
+
+
 def batches(batch_size, seed, start, rank, world_size):
     """Yields (captions, images (B, 3, 32, 32)) without end; those of a step are a function of its number
     alone.
     """
     for step in itertools.count(start):
-        rng = random_stream(seed, "scenes", step, rank)
-        attributes = random_attributes(batch_size, rng)
-        yield [caption(row) for row in attributes], render(attributes, rng)
+        attributes, _, images = random_scenes(batch_size, random_stream(seed, "scenes", step, rank))
+        yield [caption(row) for row in attributes], images
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ class SceneNet(nn.Module):
         *logits, nuisance = self.heads(self.features(images)[0]).split([*COUNTS, sum(NUISANCE.values())], 1)
         return logits, nuisance
 
-    def loss(self, images, attributes, nuisance):
+    def loss(self, attributes, nuisance, images):
         logits, guess = self.read(images)
         loss = sum(F.cross_entropy(x, target) for x, target in zip(logits, attributes.unbind(1)))
         return loss + 0.5 * (guess - nuisance).square().mean(0).sum()
@@ -231,9 +236,8 @@ def small_clip():
     model.visual.conv1 = nn.Sequential(*stem)
     turns = torch.arange(8)[:, None] * 2 ** torch.linspace(-2.5, 0.5, 16)
     waves = torch.cat([turns.sin(), turns.cos()], 1)  # (8, 32)
-    with torch.no_grad():
-        rows, columns = waves[:, None].expand(8, 8, 32), waves[None].expand(8, 8, 32)
-        model.visual.positional_embedding[1:] = 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
+    rows, columns = waves[:, None].expand(8, 8, 32), waves[None].expand(8, 8, 32)
+    model.visual.positional_embedding.data[1:] = 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
     return model
 
 
@@ -242,22 +246,26 @@ def small_discriminator():
     return patch_discriminator(32, n_layers=1, kernel=3)
 
 
+NETWORKS = {"reward": small_clip, "perceptual": SceneNet, "features": SceneNet, "discriminator": small_discriminator}
+
+
 class Judges:
     """The networks that judge a run (see `rankee.Models`), and the feature net, which no training sees."""
 
     def __init__(self, folder, device):
         path = Path(folder, "judges.pt")
         state_dicts = read_checkpoint(path)
-        networks = {"reward": small_clip(), "perceptual": SceneNet(), "features": SceneNet()}
-        networks["discriminator"] = small_discriminator()
+        networks = {name: make().to(device).eval() for name, make in NETWORKS.items()}
         with reading(path, "the judges of a base of this version; make one: python -m scenes.world --pretrain"):
             for name, network in networks.items():
                 network.load_state_dict(state_dicts[name])
-                network.to(device).eval()
         self.scorer = CLIPScore(networks["reward"], tokenize, [0.5] * 3, [0.5] * 3).to(device)
         self.lpips = networks["perceptual"].lpips()
         self.feature_net = networks["features"].requires_grad_(False)
         self.discriminator = networks["discriminator"]
+
+
+NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
 
 
 class Evaluation:
@@ -265,14 +273,12 @@ class Evaluation:
 
     def __init__(self, judges, vq, n, seed, device):
         self.judges, self.codebook_size = judges, vq.config.codebook_size
-        rng, others_rng = random_stream(seed, "evaluation"), random_stream(0, "other scenes")
-        self.attributes = random_attributes(n, rng)
+        self.attributes, _, self.images = random_scenes(n, random_stream(seed, "evaluation"))
         self.captions = [caption(row) for row in self.attributes]
-        self.images = render(self.attributes, rng)
         self.text_emb = judges.scorer.encode_text(self.captions)
         codes = in_batches(vq.encode, self.images.to(device), size=256)
         self.real_histogram = token_histogram(codes.cpu(), self.codebook_size)
-        self.real_statistics = self.statistics(render(random_attributes(n, others_rng), others_rng).to(device))
+        self.real_statistics = self.statistics(random_scenes(n, random_stream(0, "other scenes"))[2].to(device))
 
     def statistics(self, images):
         return [feature_statistics([x])[:2] for x in self.judges.feature_net.features(images)]
@@ -283,14 +289,12 @@ class Evaluation:
         statistics of tokens (n, N) and images (n, 3, 32, 32) drawn for `captions`.
         """
         images, histogram = images.clamp(-1, 1), token_histogram(tokens.cpu(), self.codebook_size)
-        logits, _ = self.judges.feature_net.read(images)
-        guesses = torch.stack([x.argmax(1).cpu() for x in logits], 1)  # (n, 7)
+        guesses = torch.stack([x.argmax(1).cpu() for x in self.judges.feature_net.read(images)[0]], 1)  # (n, 7)
         frechet, middle = (frechet_distance(*a, *b) for a, b in zip(self.statistics(images), self.real_statistics))
         clip = in_batches(self.judges.scorer, images, self.text_emb, size=256).mean().item()
         accuracy = (guesses == self.attributes).float().mean().item()
-        results = {"clip": clip, "frechet": frechet, "frechet_middle": middle, "accuracy": accuracy}
         kl, entropy = token_kl(histogram, self.real_histogram), token_entropy(histogram)
-        return results | {"token_kl": kl, "token_entropy": entropy}
+        return dict(zip(NUMBERS, (clip, frechet, middle, accuracy, kl, entropy)))
 
 
 # ---- pre-training ----------------------------------------------------------------------------------------------------
@@ -311,21 +315,10 @@ def fit(name, parameters, steps, lr, loss_at):
             print(f"{name:>14} {step + 1:5d}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
-def random_scenes(n, rng):
-    """Attributes (n, 7), nuisance (n, 30) and images (n, 3, 32, 32)."""
-    attributes, nuisance = random_attributes(n, rng), random_nuisance(n, rng)
-    return attributes, nuisance, draw(attributes, nuisance, rng)
-
-
 def train_scene_net(name, steps, seed):
     torch.manual_seed(seed)
     net, rng = SceneNet(), random_stream(seed, name)
-
-    def loss_at(step):
-        attributes, nuisance, images = random_scenes(64, rng)
-        return net.loss(images, attributes, nuisance)
-
-    fit(name, list(net.parameters()), steps, 2e-3, loss_at)
+    fit(name, list(net.parameters()), steps, 2e-3, lambda step: net.loss(*random_scenes(64, rng)))
     return net.eval()
 
 
@@ -358,8 +351,7 @@ def init_codebook_kmeans(vq, rng):
     points = F.normalize(latents, dim=1).movedim(1, -1).flatten(0, 2)
     centres = points[torch.from_numpy(rng.permutation(len(points))[: vq.config.codebook_size])]
     for _ in range(10):
-        nearest = (points @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add(0, nearest, points)
+        sums = torch.zeros_like(centres).index_add(0, (points @ centres.T).argmax(1), points)
         centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
     vq.quantize.embedding.weight.copy_(centres)
 
@@ -383,7 +375,7 @@ def train_vq(net, steps, seed):
             latents = latents + (nearest - latents).detach()  # straight through
         recon = vq.decode_latents(latents)
         loss = loss + reconstruction_anchor(images, recon, lpips, None, 0, None) + 10 * (images - recon).abs().mean()
-        return loss + (0.2 * net.loss(recon, attributes, nuisance) if step >= 1000 else 0.0)
+        return loss + (0.2 * net.loss(attributes, nuisance, recon) if step >= 1000 else 0.0)
 
     fit("tokenizer", list(vq.parameters()), steps, 1e-3, loss_at)
     return vq
@@ -446,9 +438,8 @@ def pretrain(out, seed):
         reward = pool.submit(train_reward, 2200, seed)
         finetuned = pool.submit(finetune_decoder_gan, tokenizer.result(), perceptual.lpips(), 600, seed)
         policy = pool.submit(train_policy, tokenizer.result(), 3000, seed)
-        vq, discriminator = finetuned.result()
         judges = {"reward": reward.result(), "perceptual": perceptual, "features": features.result()}
-        judges["discriminator"] = discriminator
+        vq, judges["discriminator"] = finetuned.result()
     out.mkdir(parents=True, exist_ok=True)
     files = {"policy.pt": {"model": policy.result()}, "vq.pt": {"model": vq}, "judges.pt": judges}
     for file, networks in files.items():  # judges.pt is the last: with it the base is whole
