@@ -118,7 +118,7 @@ JUDGES = f"--reward-weights {F}/open_clip_model.safetensors --vgg {F}/vgg.pth --
 SMALL = "--batch-size 2 --group-size 2 --workers 0 --save-every 2"
 RUN = f"{DRAW} {JUDGES} {SMALL} --data {F}/pairs --max-steps 3 --disc-start 0 --policy-lr 1e-3"
 QUICK = "--workers 2 --lambda-r 0 --lambda-c 0 --disc-weight 0"
-SCENES = f"{SMALL} --max-steps 2 --rank-k 1 --real-batch-size 2 --eval-samples 16 --save-every 1"
+SCENES = f"{SMALL} --max-steps 2 --rank-k 0 --real-batch-size 2 --eval-samples 16 --save-every 1"
 
 
 def write_clips():
