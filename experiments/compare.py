@@ -55,8 +55,8 @@ def left_to_do(cfg, options):
         return options
     saved = read_checkpoint(checkpoint)
     for name, value in dataclasses.asdict(cfg).items():
-        same = name == "resume" or value == saved["config"].get(name)
-        expect(same, f"{cfg.out} was run with another {name} than {value}; name another --out")
+        before = saved["config"].get(name)
+        expect(name == "resume" or value == before, f"{cfg.out} has {name} = {before}, not {value}; name another --out")
     return None if saved["step"] == cfg.max_steps else [*options, "--resume"]
 
 
@@ -200,6 +200,7 @@ def compare(args, options):
     swaps = [row for seed in seeds for row in swap({key: configs[seed, key] for key in keys})]
     save_json(out / "swap.json", swaps)
     print_swap(swaps)
+    print(f"results.json, swap.json, pareto.png and all runs are in {out}")
 
 
 def main():

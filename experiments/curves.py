@@ -47,6 +47,7 @@ def save_figure(path, size, draw, *content):
 
 
 def script_parser(name, doc):
+    """A parser that shows a script's docstring as it is written."""
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(name, None, doc, formatter_class=raw, allow_abbrev=False)
 

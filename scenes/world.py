@@ -98,9 +98,8 @@ class WordVectors:
     def __call__(self, captions):
         for text in captions:
             fits = 0 < len(text.split()) <= self.length and set(text.split()) <= set(self.vectors)
-            expect(
-                fits, f"{text!r}: expected 1 to {self.length} of the embedded world's words, {', '.join(self.vectors)}"
-            )
+            words = ", ".join(self.vectors)
+            expect(fits, f"{text!r}: the embedded world reads 1 to {self.length} of the words {words}")
         rows = [torch.stack([self.vectors[word] for word in text.split()]) for text in captions]
         cond, cond_mask = left_pad(rows, max(map(len, rows)))
         return cond.to(self.device), cond_mask.to(self.device)
