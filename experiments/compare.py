@@ -35,6 +35,7 @@ from vq import atomic_save, expect, read_checkpoint
 # Key: the options that make it of RankE. The order is that of tables and legends, nothing else.
 ABLATIONS = {
     "real-images": "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions",
+    "anchors": "--method decoder --lambda-d 0 --lambda-g 0 --disc-fakes reconstructions",  # and the consistency anchor
     "rl": "--method rl",
     "decoder-only": "--method decoder",
     "uniform-gan": "--gan uniform",
@@ -140,10 +141,9 @@ def print_tables(own):
     """own: key -> `by_step` of each seed's run."""
     base = [rows[0] for rows in own["ranke"]]
     last = {"base": base} | {key: [rows[max(rows)] for rows in own[key]] for key in own}
-    print_table(f"{len(base)} seeds", last)
-    print_table("minus base", last, base)
-    print_table("minus rl", last, last["rl"])
-    print(f"\nafter {last['ranke'][0]['step']} steps; clip is x 100; ± is a mean's standard error")
+    for title, reference in ((f"{len(base)} seeds", None), ("minus base", base), ("minus rl", last["rl"])):
+        print_table(title, last, reference)
+    print(f"\nstep {max(own['ranke'][0])}; clip is x 100, frechet_middle x 1000; ± is a mean's standard error")
 
 
 def draw_pareto(figure, own):

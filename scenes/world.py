@@ -284,8 +284,8 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, tokens, images):
-        """CLIP ×100, Fréchet distances of the last and the middle layer, attribute accuracy and token
-        statistics of tokens (n, N) and images (n, 3, 32, 32) drawn for `captions`.
+        """CLIP × 100, Fréchet distances of the last layer and × 1000 of the middle one, attribute accuracy and
+        token statistics of tokens (n, N) and images (n, 3, 32, 32) drawn for `captions`.
         """
         images, histogram = images.clamp(-1, 1), token_histogram(tokens.cpu(), self.codebook_size)
         guesses = torch.stack([x.argmax(1).cpu() for x in self.judges.feature_net.read(images)[0]], 1)  # (n, 7)
@@ -293,7 +293,7 @@ class Evaluation:
         clip = in_batches(self.judges.scorer, images, self.text_emb, size=256).mean().item()
         accuracy = (guesses == self.attributes).float().mean().item()
         kl, entropy = token_kl(histogram, self.real_histogram), token_entropy(histogram)
-        return dict(zip(NUMBERS, (clip, frechet, middle, accuracy, kl, entropy)))
+        return dict(zip(NUMBERS, (clip, frechet, 1000 * middle, accuracy, kl, entropy)))
 
 
 # ---- pre-training ----------------------------------------------------------------------------------------------------
