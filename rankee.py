@@ -242,18 +242,17 @@ def backward(losses, scale, logs, watched={}):
         logs[name] = logs.get(name, 0.0) + scale * value.item()
 
 
-def optimizer_step(optimizer, parameters, max_grad_norm):
-    """Averages the gradient of `parameters` over the processes, clips it, steps and forgets it; returns its
-    norm before clipping.
+def optimizer_step(optimizer, max_grad_norm):
+    """Averages the gradient over the processes, clips it, steps and forgets it; returns its norm before
+    clipping.
 
     If the norm is not finite, no process makes a step.
     """
-    parameters = list(parameters)
+    parameters = [weight for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
     if dist.is_initialized():
         for weight in parameters:
-            if weight.grad is not None:
-                dist.all_reduce(weight.grad)
-                weight.grad /= dist.get_world_size()
+            dist.all_reduce(weight.grad)
+            weight.grad /= dist.get_world_size()
     norm = clip_grad_norm_(parameters, max_grad_norm)
     if norm.isfinite():
         optimizer.step()
@@ -317,7 +316,7 @@ def update_policy(models, rollouts, step, cfg):
             kl = kl_anchor(logprobs, ref_logprobs[n])
             losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
             backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac})
-        norm = optimizer_step(models.policy_optimizer, models.policy.parameters(), cfg.max_grad_norm)
+        norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
     gap = torch.cat(old_logprobs) - rollouts.sampling_logprobs  # 0 only where what is scored is what was sampled
     return logs | {"logprob_gap": gap.mean().item(), "policy_grad_norm": norm}
 
@@ -333,7 +332,7 @@ def update_discriminator(models, rollouts, images, cfg):
         logits_real, logits_fake = models.discriminator(images), models.discriminator(fakes)
     loss = hinge_d_loss(logits_real.float(), logits_fake.float())
     loss.backward()
-    norm = optimizer_step(models.disc_optimizer, models.discriminator.parameters(), cfg.max_grad_norm)
+    norm = optimizer_step(models.disc_optimizer, cfg.max_grad_norm)
     return {"disc_loss": loss.item(), "disc_grad_norm": norm}
 
 
@@ -372,7 +371,7 @@ def update_decoder(models, rollouts, images, step, cfg):
             backward({"reconstruction_loss": cfg.lambda_r * anchor}, len(x) / len(images), logs)
 
     models.discriminator.requires_grad_(True)
-    norm = optimizer_step(models.decoder_optimizer, models.vq.decoder_parameters(), cfg.max_grad_norm)
+    norm = optimizer_step(models.decoder_optimizer, cfg.max_grad_norm)
     return disc_logs | logs | {"decoder_loss": sum(logs.values()), "decoder_grad_norm": norm}
 
 
