@@ -292,8 +292,7 @@ def update_policy(models, rollouts, step, cfg):
     """Stage 1: moves π_θ; nothing else changes. Returns what to log."""
     advantages = group_advantages(rollouts.rewards).view(-1, 1)  # (R, 1)
     cfg_scale, temperature = (cfg.cfg_scale, cfg.temperature) if cfg.cfg_logprobs else (1.0, 1.0)
-    for group in models.policy_optimizer.param_groups:
-        group["lr"] = cfg.policy_lr * min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    models.policy_optimizer.param_groups[0]["lr"] = cfg.policy_lr * min(1.0, (step + 1) / (cfg.warmup_steps + 1))
 
     def logprobs_of(policy, i):
         cond, cond_mask, tokens = rollouts.cond[i], rollouts.cond_mask[i], rollouts.tokens[i]
