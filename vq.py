@@ -323,9 +323,7 @@ def reading(path, expected, errors=Exception, done="read"):
 
 
 def is_pointer_or_page(path):
-    if not (path.is_file() and os.access(path, os.R_OK)):
-        return False
-    with open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # a folder, or what may not be read, is neither
         return file.read(9).startswith((b"version h", b"<"))
 
 
