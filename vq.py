@@ -315,9 +315,8 @@ def reading(path, expected, errors=Exception, done="read"):
         yield
     except errors as error:
         reason = f"{error!r:.300}"
-        files = Path(path).glob("*") if Path(path).is_dir() else [Path(path)]
         # Of these a library says anything, and PyTorch to switch its protection off.
-        for file in filter(is_pointer_or_page, files if done == "read" else []):
+        for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if done == "read" else []):
             reason = f"{file.name} is text: a Git-LFS pointer or a web page"
         raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
 
