@@ -119,9 +119,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for i, (in_ch, out_ch) in enumerate(zip([config.ch, *widths], widths)):
-            lowest = i == len(widths) - 1
-            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, attend=lowest))
-            self.conv_blocks[i].downsample = nn.Identity() if lowest else downsample(out_ch)
+            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, attend=i == len(widths) - 1))
+            self.conv_blocks[i].downsample = downsample(out_ch) if i < len(widths) - 1 else nn.Identity()
         self.mid = mid(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
