@@ -229,8 +229,7 @@ def load_vq(state_dict, norm_groups=32):
     widths = [len(state_dict[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) for i in levels]
     ch, z_channels = len(state_dict["encoder.conv_in.weight"]), len(state_dict["encoder.conv_out.weight"])
     num_res_blocks = count_layers(state_dict, "encoder.conv_blocks.0.res.")
-    codebook_size, codebook_dim = state_dict["quantize.embedding.weight"].shape
-    sizes = (num_res_blocks, z_channels, codebook_size, codebook_dim, norm_groups)
+    sizes = (num_res_blocks, z_channels, *state_dict["quantize.embedding.weight"].shape, norm_groups)
     config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
     return build(lambda: VQModel(config), statistic | state_dict)
