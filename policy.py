@@ -57,10 +57,9 @@ class GPTConfig:
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
-def rope_1d(positions, head_dim, base=10000.0):
-    """Llama's rotary table: positions (…) to cosines and sines (…, head_dim / 2, 2)."""
-    half = head_dim // 2
-    freqs = base ** (-torch.arange(half, device=positions.device) / half)
+def rope_1d(positions, head_dim):
+    """Llama's rotary table, base 10000: positions (…) to cosines and sines (…, head_dim / 2, 2)."""
+    freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angles = positions[..., None] * freqs
     return torch.stack([angles.cos(), angles.sin()], -1)
 
