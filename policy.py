@@ -64,12 +64,11 @@ def rope_1d(positions, head_dim):
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-def rope_2d(grid_size, head_dim, device):
-    """LlamaGen's (N, head_dim / 2, 2): the first half of a head's pairs turns with the row, the second with
-    the column.
+def rope_2d(positions, grid_size, head_dim):
+    """LlamaGen's, of the same shape: the first half of a head's pairs turns with the row, the second with the
+    column.
     """
-    n = torch.arange(grid_size**2, device=device)
-    return torch.cat([rope_1d(n // grid_size, head_dim // 2), rope_1d(n % grid_size, head_dim // 2)], -2)
+    return torch.cat([rope_1d(n, head_dim // 2) for n in (positions // grid_size, positions % grid_size)], -2)
 
 
 def apply_rotary_emb(x, freqs_cis):
@@ -205,7 +204,7 @@ class Policy(nn.Module):
         """
         if self.config.text_vocab_size:  # positions are counted from a row's first real word
             return rope_1d(F.pad(cond_mask, (0, n), value=True).cumsum(1) - 1, self.config.head_dim)
-        table = rope_2d(self.config.grid_size, self.config.head_dim, cond_mask.device)[:n]
+        table = rope_2d(torch.arange(n, device=cond_mask.device), self.config.grid_size, self.config.head_dim)
         table = F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0))  # zero over the prefix
         return table.expand(len(cond_mask), -1, -1, -1)
 
