@@ -245,13 +245,12 @@ class Policy(nn.Module):
 
     def new_kv_cache(self, rows, positions):
         """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
-        config, weight = self.config, self.norm.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        config, device = self.config, self.norm.weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
         # Zeros: a recorded step looks past what is filled, and a masked key of leftover NaN would still be
         # NaN.
-        return torch.zeros(shape, device=weight.device, dtype=dtype)
+        return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def maybe_checkpoint(function, *inputs, enabled):
