@@ -271,10 +271,9 @@ def attention_mask(cond_mask, n):
     Causal over text and image; padding is no key, but every position sees itself, or a padded row would have
     no key at all.
     """
-    keys = F.pad(cond_mask, (0, n), value=True)  # (R, T + n)
-    causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).tril()
-    itself = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
-    return (causal & keys[:, None, :] | itself)[:, None]
+    keys = F.pad(cond_mask, (0, n), value=True)[:, None, None]  # (R, 1, 1, T + n)
+    itself = torch.eye(keys.shape[-1], dtype=torch.bool, device=keys.device)
+    return keys & torch.ones_like(itself).tril() | itself
 
 
 # ---- sampling and scoring --------------------------------------------------------------------------------------------
