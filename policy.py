@@ -147,10 +147,13 @@ class CaptionEmbedder(nn.Module):
         self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
     def forward(self, cond, cond_mask, use_cfg):
-        """(B, T, C) to (B, T, dim); with `use_cfg` (2B, T, dim), the unconditional half last."""
+        """(B, T, C) and mask (B, T) to (B, T, dim) and mask; with `use_cfg` 2B rows, the unconditional half
+        last.
+        """
         if use_cfg:
             cond = torch.cat([cond, self.uncond_embedding[-cond.shape[1] :].expand_as(cond)])
-        return self.cap_proj(cond)
+            cond_mask = cond_mask.repeat(2, 1)
+        return self.cap_proj(cond), cond_mask
 
 
 class PromptEmbedder(nn.Module):
@@ -165,14 +168,14 @@ class PromptEmbedder(nn.Module):
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.dim).requires_grad_(False)
 
     def forward(self, input_ids, cond_mask, use_cfg):
-        """(B, T) to (B, T, dim); with `use_cfg` (2B, T, dim), the unconditional half last. Its pad words are
-        attended to.
+        """(B, T) and mask (B, T) to (B, T, dim) and mask; with `use_cfg` 2B rows, the unconditional half
+        last. Its pad words are attended to.
         """
         if use_cfg:
             keep = cond_mask & ~F.pad(cond_mask[:, :-1], (1, 0))  # the first real word
             keep[:, -1] = True
-            input_ids = torch.cat([input_ids, input_ids.where(keep, self.pad_id)])
-        return self.embed_tokens(input_ids)
+            input_ids, cond_mask = torch.cat([input_ids, input_ids.where(keep, self.pad_id)]), cond_mask.repeat(2, 1)
+        return self.embed_tokens(input_ids), cond_mask
 
 
 class Policy(nn.Module):
@@ -227,15 +230,13 @@ class Policy(nn.Module):
         The last prefix position predicts the first token. With `use_cfg` (2R, n + 1, dim), the unconditional
         half last.
         """
-        T, n = cond.shape[1], tokens.shape[1]
-        prefix, embeddings = self.cls_embedding(cond, cond_mask, use_cfg), self.tok_embeddings(tokens)
-        if use_cfg:
-            embeddings, cond_mask = embeddings.repeat(2, 1, 1), cond_mask.repeat(2, 1)
+        n = tokens.shape[1]
+        prefix, cond_mask = self.cls_embedding(cond, cond_mask, use_cfg)
+        x = torch.cat([prefix, self.tok_embeddings(tokens).repeat(2 if use_cfg else 1, 1, 1)], 1)
         # Where no row is padded the mask is merely causal, and a kernel that knows that needs none.
         mask = None if cond_mask.all() else attention_mask(cond_mask, n)
-        x = torch.cat([prefix, embeddings], 1)
         h = self.transformer(x, self.freqs_cis(cond_mask, n), mask, checkpointing=checkpointing)
-        return h[:, T - 1 :]
+        return h[:, -n - 1 :]
 
     def forward(self, cond, cond_mask, tokens, use_cfg=False):
         """Caption and tokens (R, n) to the logits (R, n + 1, V) of the token that follows each; see
@@ -319,8 +320,7 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
     """
     B, G, N = u.shape
     T, use_cfg, u = cond.shape[1], cfg_scale != 1, u.flatten(0, 1)
-    x = policy.cls_embedding(cond, cond_mask, use_cfg)  # (B or 2B, T, dim)
-    cond_mask = cond_mask.repeat(2, 1) if use_cfg else cond_mask
+    x, cond_mask = policy.cls_embedding(cond, cond_mask, use_cfg)  # (B or 2B, T, dim)
     freqs_cis, mask = policy.freqs_cis(cond_mask, N - 1), attention_mask(cond_mask, N - 1)
 
     # The caption is read once, and its keys and values are shared by its G rollouts.
