@@ -411,8 +411,7 @@ def left_pad(rows, length):
         if not 0 < len(row) <= length:
             raise ValueError(f"a caption has {len(row)} text features; the policy takes 1 to {length}")
     padded = torch.stack([torch.cat([row.new_zeros(length - len(row), *row.shape[1:]), row]) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-    return padded, torch.arange(length, device=padded.device) >= length - lengths[:, None]
+    return padded, torch.stack([torch.arange(length, device=row.device) >= length - len(row) for row in rows])
 
 
 # LlamaGen's captions were cleaned before flan-t5 read them, by rules made for captions off the web. These are
