@@ -26,7 +26,6 @@ import html
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote_plus
 
 import torch
@@ -489,24 +488,21 @@ class JanusTokenizer:
 
         self.device = device
         with reading(f"{folder}/tokenizer.json", "Janus-Pro's tokenizer"):
-            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
-            known = self.tokenizer.get_vocab()
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
             words = ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
-            self.bos_id, self.pad_id, self.image_id = (known[word] for word in words)
+            self.bos_id, self.pad_id, self.image_id = (self.tokenizer.get_vocab()[word] for word in words)
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def __call__(self, captions):
-        rows = []
+        rows, end = [], [*self.encode("\n\n<|Assistant|>:"), self.image_id]
         for caption in captions:
-            end = [*self.encode("\n\n<|Assistant|>:"), self.image_id]
             prompt = self.encode(f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>")
             if len(prompt) >= self.MAX_LENGTH:  # a caption's tail is cut, not what follows it
                 prompt = [*prompt[: self.MAX_LENGTH - 1 - len(end)], *end]
-            rows.append(torch.tensor([self.bos_id, *prompt]))
-        input_ids, cond_mask = left_pad(rows, max(map(len, rows)))
-        return input_ids.to(self.device), cond_mask.to(self.device)
+            rows.append(torch.tensor([self.bos_id, *prompt], device=self.device))
+        return left_pad(rows, max(map(len, rows)))
 
 
 # ---- public checkpoints ----------------------------------------------------------------------------------------------
