@@ -528,9 +528,8 @@ def load_llamagen(state_dict, grid_size, head_dim=None):
 # Our names as Janus has them, by patterns; * is q, k and v, which are one matrix here:
 # layers.3.attention.wqkv.weight ↔ language_model.model.layers.3.self_attn.q_proj.weight, …k_proj…, …v_proj….
 JANUS_NAMES = {
-    r"^(tok_embeddings|output)\.": "",
-    r"^(layers\.|norm\.)": r"language_model.model.\1",
-    r"^cls_embedding\.": "language_model.model.",
+    r"^(tok_embeddings|output|cls_embedding)\.": "",
+    r"^(layers|norm|embed_tokens)\.": r"language_model.model.\1.",
     r"attention\.wqkv": "self_attn.*_proj",
     r"attention\.wo": "self_attn.o_proj",
     r"feed_forward\.w1": "mlp.gate_proj",
