@@ -571,11 +571,10 @@ def load_janus(state_dict, config, pad_id, grid_size):
     n_layer, vocab_size = count_layers(state_dict, "language_model.model.layers."), len(state_dict["gen_embed.weight"])
     language = config.get("language_config", {})
     head_dim = dim // language["num_attention_heads"] if "num_attention_heads" in language else 128
-    norm_eps, other_rope = language.get("rms_norm_eps", 1e-6), language.get("rope_scaling")
-    other_rope = other_rope or language.get("rope_theta", 10000) != 10000
-    expect(not other_rope, "its config.json asks for another rotary embedding than Janus-Pro's, base 10000, unscaled")
+    same_rope = language.get("rope_theta", 10000) == 10000 and not language.get("rope_scaling")
+    expect(same_rope, "its config.json asks for another rotary embedding than Janus-Pro's, base 10000, unscaled")
     sizes = (dim, n_layer, head_dim, ffn_dim, vocab_size, JanusTokenizer.MAX_LENGTH, 0, grid_size)
-    policy_config = GPTConfig(*sizes, norm_eps, text_vocab_size, pad_id)
+    policy_config = GPTConfig(*sizes, language.get("rms_norm_eps", 1e-6), text_vocab_size, pad_id)
     with torch.device("meta"):
         names = Policy(policy_config).state_dict()
     ours = {}
