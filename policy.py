@@ -549,11 +549,10 @@ def janus_names(name):
     return [name.replace("*", part) for part in "qkv"] if "*" in name else [name]
 
 
-def permute(weight, head_dim, to_janus=False):
+def permute(weight, *pairs):
     """Rows of a q or k matrix from Janus' order, where row i turns with row i + head_dim / 2 of its head, to
-    neighbours.
+    neighbours for `pairs` = 2, head_dim / 2; from neighbours to Janus' for head_dim / 2, 2.
     """
-    pairs = (head_dim // 2, 2) if to_janus else (2, head_dim // 2)
     return weight.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
@@ -583,7 +582,7 @@ def load_janus(state_dict, config, pad_id, grid_size):
         square = len(parts) == 1 or all(tuple(part.shape) == (dim, dim) for part in parts)
         expect(square, f"{janus_names(name)}: expected {dim} rows and columns each")
         if len(parts) == 3:
-            parts[:2] = (permute(part, head_dim) for part in parts[:2])
+            parts[:2] = (permute(part, 2, head_dim // 2) for part in parts[:2])
         ours[name] = torch.cat(parts) if len(parts) == 3 else parts[0]
     return build(lambda: Policy(policy_config), ours | state_dict)  # what is left is surplus, and named
 
@@ -596,6 +595,6 @@ def janus_state_dict(state_dict, head_dim):
         parts = value.chunk(len(names))
         if len(names) == 3:  # a view's file would hold the whole matrix, so v is copied
             q, k, v = parts
-            parts = [permute(q, head_dim, to_janus=True), permute(k, head_dim, to_janus=True), v.clone()]
+            parts = [permute(q, head_dim // 2, 2), permute(k, head_dim // 2, 2), v.clone()]
         theirs.update(zip(names, parts))
     return theirs
