@@ -440,8 +440,7 @@ def clean_caption(text):
             text = re.sub("[-_]", " ", text)
         for pattern, replacement in CLEANING:
             text = re.sub(pattern, replacement, text)
-        text = text.strip()
-    return text
+    return text.strip()
 
 
 class T5Encoder:
