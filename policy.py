@@ -537,8 +537,8 @@ JANUS_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What else its file holds: for understanding images, for writing text, and the tokenizer.
-JANUS_UNUSED = ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
+# What else its file holds: for understanding images, for writing text, the tokenizer; older ones' rotary tables.
+JANUS_UNUSED = r"(vision_model|aligner|language_model\.lm_head|gen_vision_model)\.|.*rotary_emb\.inv_freq$"
 
 
 def janus_names(name):
@@ -562,8 +562,7 @@ def load_janus(state_dict, config, pad_id, grid_size):
     Raises InputError for another rotary embedding's, else like `load_llamagen`; entries that are not of image
     generation are left out.
     """
-    unused = {name for name in state_dict if name.startswith(JANUS_UNUSED) or name.endswith("rotary_emb.inv_freq")}
-    state_dict = {name: x for name, x in state_dict.items() if name not in unused}
+    state_dict = {name: x for name, x in state_dict.items() if not re.match(JANUS_UNUSED, name)}
     text_vocab_size, dim = state_dict["language_model.model.embed_tokens.weight"].shape
     ffn_dim = len(state_dict["language_model.model.layers.0.mlp.gate_proj.weight"])
     n_layer, vocab_size = count_layers(state_dict, "language_model.model.layers."), len(state_dict["gen_embed.weight"])
