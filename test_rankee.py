@@ -158,11 +158,8 @@ def write_janus(vq):
     torch.save({name: x.bfloat16() for name, x in entries.items()}, F / "janus" / "pytorch_model.bin")
     (F / "janus" / "config.json").write_text('{"language_config": {"num_attention_heads": 4}}')
     special = ["<｜▁pad▁｜>", "<｜begin▁of▁sentence｜>", "<begin_of_image>", "<|User|>", "<|Assistant|>"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    letters = tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = {"initial_alphabet": letters.alphabet(), "special_tokens": special, "show_progress": False}
-    tokenizer.train_from_iterator(CAPTIONS, tokenizers.trainers.BpeTrainer(vocab_size=300, **options))
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(CAPTIONS, vocab_size=300, special_tokens=special, show_progress=False)
     tokenizer.save(str(F / "janus" / "tokenizer.json"))
 
 
