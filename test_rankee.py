@@ -538,16 +538,16 @@ def wrong():
     folder, policy, pointer = F / "wrong", vqs.load_state_dict(CKPT), b"version https://git-lfs.github.com/spec/v1"
     for name in ("t5-lacks", "t5-pointer", "janus-rotary"):
         shutil.copytree(T5 if name.startswith("t5") else F / "janus", folder / name)
+    shutil.copytree(T5, folder / "t5-mute", ignore=shutil.ignore_patterns("*token*"))
     lacks = {name: x for name, x in vqs.load_state_dict(T5).items() if name != "encoder.final_layer_norm.weight"}
-    narrow = {"uncond_embedding": torch.zeros(12, 40), "cap_proj.fc1.weight": torch.zeros(64, 40)}
+    cut = {name: policy[name][:60] for name in ("tok_embeddings.weight", "output.weight")}
+    narrow = {n: x[:, :40].clone() for n, x in policy.items() if n.endswith(("uncond_embedding", "fc1.weight"))}
     contents = {
         "truncated.pt": CKPT.read_bytes()[:-2000],
         "pointer.pt": pointer,
         "code.pt": pickle.dumps(os.system),
-        "codes.pt": policy | {name: policy[name][:60] for name in ("tok_embeddings.weight", "output.weight")},
-        "narrow.pt": policy | {f"cls_embedding.{name}": x for name, x in narrow.items()},
-        "t5-mute/config.json": (T5 / "config.json").read_bytes(),
-        "t5-mute/model.safetensors": (T5 / "model.safetensors").read_bytes(),
+        "codes.safetensors": safetensors.torch.save(policy | cut),
+        "narrow.safetensors": safetensors.torch.save(policy | narrow),
         "t5-lacks/model.safetensors": safetensors.torch.save(lacks, {"format": "pt"}),
         "t5-pointer/model.safetensors": pointer,
         "janus-rotary/config.json": b'{"language_config": {"num_attention_heads": 4, "rope_theta": 5e5}}',
@@ -559,10 +559,7 @@ def wrong():
     }
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            torch.save(content, folder / name)
+        (folder / name).write_bytes(content)
     write_tar(folder / "half.tar", {0: "0", 1: "1"})
     os.truncate(folder / "half.tar", 10000)
     write_coco(folder / "twice.json", [1, 1])
@@ -588,8 +585,8 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "expected an undamaged checkpoint": "draw --ckpt truncated.pt | draw --ckpt code.pt",
     "is text: a Git-LFS pointer or a web page": POINTERS,
     "lacks the weights": "draw --t5 t5-lacks",
-    "has 60 codes": "draw --ckpt codes.pt",
-    "48 wide; the policy takes 40": "draw --ckpt narrow.pt",
+    "has 60 codes": "draw --ckpt codes.safetensors",
+    "48 wide; the policy takes 40": "draw --ckpt narrow.safetensors",
     "expected what load_vq reads": f"draw --vq {CKPT} | metrics token-kl ../pairs ../pairs --vq {CKPT}",
     "t5-mute: ": "draw --t5 t5-mute",  # without its tokenizer's files every word would be <unk>
     "another rotary embedding": "draw --ckpt janus-rotary",
