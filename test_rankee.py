@@ -236,12 +236,6 @@ def end(process, status=0):
     return printed
 
 
-def wait_for_a_step(out, process):
-    while not (out / "log.jsonl").exists() or not read_log(out):
-        assert process.is_alive()
-        time.sleep(0.02)
-
-
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -683,19 +677,31 @@ def test_resume_says_and_uses_what_changed(data_run, tmp_path, monkeypatch):
     assert y["step"] == len(read_log(out)) == 4
 
 
-STANDARD_RL = "--method rl --vgg '' --lpips ''"
+STANDARD_RL = f"{RUN} --method rl --vgg '' --lpips ''"
+TORCHRUN = f"--standalone --nproc_per_node=2 --shutdown-timeout=600 {HERE}/train.py {SCENES}"
 
 
-@pytest.mark.parametrize("number, group, options", [(2, False, STANDARD_RL), (15, True, QUICK)], ids=["INT", "TERM"])
-def test_a_signal_ends_the_step_and_saves(tmp_path, number, group, options):
+@pytest.mark.parametrize(
+    "main, command, kill, number, status",
+    [
+        (train.main, STANDARD_RL, os.kill, signal.SIGINT, 130),
+        (train.main, f"{RUN} {QUICK}", os.killpg, signal.SIGTERM, 143),
+        (torch.distributed.run.main, TORCHRUN, os.kill, signal.SIGTERM, 1),
+    ],
+    ids=["INT", "TERM", "torchrun"],
+)
+def test_a_signal_ends_the_step_and_saves(tmp_path, main, command, kill, number, status):
     """Else Ctrl-C, or a cluster's notice, which reaches the loader's workers too, costs all since the last
-    save; or standard RL asks for files that it never uses.
+    save; or standard RL asks for files that it never uses; or torchrun, which hands the notice on, kills one
+    process in its save and leaves the other.
     """
     out = tmp_path / "run"
-    process = start(f"{RUN} {options} --max-steps 5000 --save-every 9000 --out {out}", os.setsid)
-    wait_for_a_step(out, process)
-    (os.killpg if group else os.kill)(process.pid, number)
-    end(process, status=128 + number)
+    process = start(f"{command} --max-steps 5000 --save-every 9000 --out {out}", os.setsid, main)
+    while not (out / "log.jsonl").exists() or not read_log(out):
+        assert process.is_alive()
+        time.sleep(0.02)
+    kill(process.pid, number)
+    end(process, status)
     assert torch.load(out / "ckpt.pt")["step"] == len(read_log(out))
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
@@ -788,19 +794,6 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     end(other, status=3)
     end(one, status=1)
     assert len(read_log(tmp_path)) == torch.load(tmp_path / "ckpt.pt")["step"] == 1
-
-
-def test_torchrun_hands_a_signal_on(tmp_path):
-    """Else a cluster's notice kills one process in its save and leaves the other."""
-    out, torchrun = tmp_path / "run", "--standalone --nproc_per_node=2 --shutdown-timeout=600"
-    command = f"{torchrun} {HERE}/train.py {SCENES} --max-steps 5000 --save-every 9000 --out {out}"
-    process = start(command, os.setsid, torch.distributed.run.main)
-    wait_for_a_step(out, process)
-    os.kill(process.pid, signal.SIGTERM)
-    end(process, status=1)
-    assert torch.load(out / "ckpt.pt")["step"] == len(read_log(out))
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
 
 
 # ---- the embedded world ----------------------------------------------------------------------------------------------
