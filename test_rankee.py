@@ -1066,9 +1066,8 @@ def text_encoder(captions):
     return policies.left_pad(rows, 4)
 
 
-def make_models(cfg, scorer=Redness(1.0), sgd=False):
-    """Random networks, the same in every call. Plain gradient descent shows a gradient; Adam would hide its
-    scale."""
+def make_models(cfg, scorer=Redness(1.0)):
+    """Random networks, the same in every call."""
     torch.manual_seed(0)
     policy, vq = policies.Policy(TINY_GPT), vqs.VQModel(TINY_VQ)
     nn.init.normal_(policy.output.weight, std=0.3)  # rollouts must differ
@@ -1076,12 +1075,7 @@ def make_models(cfg, scorer=Redness(1.0), sgd=False):
     lpips = vqs.LPIPS([nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3))], [torch.rand(8)] * 2)
     discriminator = vqs.patch_discriminator(ndf=8, n_layers=1, kernel=3)
     judges = SimpleNamespace(scorer=scorer, lpips=lpips, discriminator=discriminator)
-    m = rankee.Models(policy, vq, text_encoder, judges, torch.autocast("cpu", enabled=False), cfg)
-    if sgd:
-        m.policy_optimizer = torch.optim.SGD(m.policy.parameters(), cfg.policy_lr)
-        m.decoder_optimizer = torch.optim.SGD(m.vq.decoder_parameters(), 1.0)
-        m.disc_optimizer = torch.optim.SGD(m.discriminator.parameters(), cfg.disc_lr)
-    return m
+    return rankee.Models(policy, vq, text_encoder, judges, torch.autocast("cpu", enabled=False), cfg)
 
 
 def batch(captions=2):
@@ -1125,7 +1119,8 @@ def test_stage_1_is_the_papers_gradient(epochs, ref, guided):
     is half its own."""
     cfg = replace(CFG, policy_lr=0.2, warmup_steps=1, kl_coef=0.5, max_grad_norm=1e9, top_k=0)
     cfg = replace(cfg, update_epochs=epochs, ref_policy=ref, cfg_logprobs=guided)
-    models, slow = make_models(cfg, sgd=True), make_models(cfg)
+    models, slow = make_models(cfg), make_models(cfg)
+    models.policy_optimizer = torch.optim.SGD(models.policy.parameters())  # Adam would hide a gradient's scale
     for m in (models, slow):  # the policy is no longer its reference
         nn.init.eye_(m.policy.layers[0].attention.wo.weight)
     rollouts = rankee.rollout(models, CAPTIONS[:2], batch()[2], cfg)
@@ -1160,7 +1155,8 @@ def test_stage_2_is_the_papers_gradient(gan, rank_k, step):
     zscore = rank_k == 3
     cfg = replace(CFG, gan=gan, rank_k=rank_k, rank_zscore=zscore, disc_start=2, disc_lr=0.0, max_grad_norm=1e9)
     cfg = replace(cfg, lambda_d=0.02, lambda_g=3.0, lambda_r=2.0, lambda_c=5.0, tau_start=0.5, tau_end=0.5)
-    models, m, (captions, images, u) = make_models(cfg, sgd=True), make_models(cfg), batch()
+    models, m, (captions, images, u) = make_models(cfg), make_models(cfg), batch()
+    models.decoder_optimizer = torch.optim.SGD(models.vq.decoder_parameters(), 1.0)
     rollouts, losses, disc_weight = rankee.rollout(models, captions, u, cfg), [], 0.5 if step == 2 else 0.0
     assert rollouts.rewards.std(1).min() > 0.1  # or all weights would be alike
     rollouts.images = rollouts.images.roll(1, 0)  # as if the decoder had left its EMA
