@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shlex
@@ -539,7 +538,7 @@ def wrong():
     contents = {
         "truncated.pt": CKPT.read_bytes()[:-2000],
         "pointer.pt": pointer,
-        "code.pt": pickle.dumps(os.system),
+        "code.pt": b"cos\nsystem\n(S'true'\ntR.",  # a pickle that calls os.system("true")
         "codes.safetensors": safetensors.torch.save(policy | cut),
         "narrow.safetensors": safetensors.torch.save(policy | narrow),
         "t5-lacks/model.safetensors": safetensors.torch.save(lacks, {"format": "pt"}),
