@@ -239,19 +239,6 @@ def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(a, b):
-    """Weights, EMA, moments, log and results, bit for bit; only the folder, its options and the seconds may
-    differ.
-    """
-    x, y = (torch.load(out / "ckpt.pt") | {"config": 0, "rows": 0} for out in (a, b))
-    logs = [[line | {"seconds": 0} for line in read_log(out)] for out in (a, b)]
-    close(x, y, atol=0)
-    assert logs[0] == logs[1] and len(logs[0]) == x["step"]
-    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
-    for path in a.iterdir():
-        assert path.name in ("ckpt.pt", "log.jsonl") or path.read_bytes() == (b / path.name).read_bytes()
-
-
 def no_network():
     socket.socket.connect = None
     huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -656,7 +643,15 @@ def test_a_killed_run_goes_on_bit_for_bit(request, tmp_path, whole, kill):
     command = f"{RUN} --workers 2" if whole == "data_run" else SCENES
     end(start(f"{command} --out {tmp_path}/run", kill), status=-9)
     assert ("--workers: 2 -> 0" in end(start(f"--resume --workers 0 --out {tmp_path}/run"))) == (whole == "data_run")
-    assert_same_run(request.getfixturevalue(whole)[0], tmp_path / "run")
+    # Weights, EMA, moments, log and results; only the folder, its options and the seconds may differ.
+    a, b = request.getfixturevalue(whole)[0], tmp_path / "run"
+    x, y = (torch.load(out / "ckpt.pt") | {"config": 0, "rows": 0} for out in (a, b))
+    logs = [[line | {"seconds": 0} for line in read_log(out)] for out in (a, b)]
+    close(x, y, atol=0)
+    assert logs[0] == logs[1] and len(logs[0]) == x["step"]
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+    for path in a.iterdir():
+        assert path.name in ("ckpt.pt", "log.jsonl") or path.read_bytes() == (b / path.name).read_bytes()
 
 
 def test_resume_says_and_uses_what_changed(data_run, tmp_path, monkeypatch):
