@@ -207,8 +207,8 @@ class Policy(nn.Module):
         if self.config.text_vocab_size:  # positions are counted from a row's first real word
             return rope_1d(F.pad(cond_mask, (0, n), value=True).cumsum(1) - 1, self.config.head_dim)
         table = rope_2d(torch.arange(n, device=cond_mask.device), self.config.grid_size, self.config.head_dim)
-        table = F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0))  # zero over the prefix
-        return table.expand(len(cond_mask), -1, -1, -1)
+        # Zero over the prefix, the same for all rows.
+        return F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0)).expand(len(cond_mask), -1, -1, -1)
 
     def transformer(self, x, freqs_cis, mask, kv_cache=None, input_pos=None, checkpointing=False):
         """Embeddings (R, L, dim) to last hidden states of the same shape.
