@@ -210,15 +210,14 @@ class Policy(nn.Module):
         # Zero over the prefix, the same for all rows.
         return F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0)).expand(len(cond_mask), -1, -1, -1)
 
-    def transformer(self, x, freqs_cis, mask, kv_cache=None, input_pos=None, checkpointing=False):
+    def transformer(self, x, freqs_cis, mask, kv_cache, input_pos, checkpointing=False):
         """Embeddings (R, L, dim) to last hidden states of the same shape.
 
-        `mask` (R, 1, L, keys) is true where a position may look; None is causal. `kv_cache`, from
-        `new_kv_cache`, is written at `input_pos` (L,) and read up to the mask's keys.
+        `mask` (R, 1, L, keys) is true where a position may look; None is causal. `kv_cache`, one a layer
+        (`new_kv_cache`, or None for each), is written at `input_pos` (L,) and read up to the mask's keys.
         """
         x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add up in the same precision
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if kv_cache is None else kv_cache[i]
+        for layer, layer_cache in zip(self.layers, kv_cache):
             x = maybe_checkpoint(layer, x, freqs_cis, mask, layer_cache, input_pos, enabled=checkpointing)
         return self.norm(x)
 
@@ -234,8 +233,8 @@ class Policy(nn.Module):
         x = torch.cat([prefix, self.tok_embeddings(tokens).repeat(2 if use_cfg else 1, 1, 1)], 1)
         # Where no row is padded the mask is merely causal, and a kernel that knows that needs none.
         mask = None if cond_mask.all() else attention_mask(cond_mask, n)
-        h = self.transformer(x, self.freqs_cis(cond_mask, n), mask, checkpointing=checkpointing)
-        return h[:, -n - 1 :]
+        no_cache = [None] * len(self.layers)
+        return self.transformer(x, self.freqs_cis(cond_mask, n), mask, no_cache, None, checkpointing)[:, -n - 1 :]
 
     def forward(self, cond, cond_mask, tokens, use_cfg=False):
         """Caption and tokens (R, n) to the logits (R, n + 1, V) of the token that follows each; see
