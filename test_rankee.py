@@ -904,18 +904,17 @@ def test_sampled_and_scored_logprobs_agree(backbone):
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 def test_cached_sampling_equals_recomputation(backbone, cfg_scale):
-    """Else a stale or misplaced cache entry changes tokens, which no loss would ever show."""
-    policy, cond, mask = backbone
-    u, tokens = torch.rand(3, 1, 16, generator=torch.Generator().manual_seed(1)), torch.empty(3, 0, dtype=torch.long)
-    fast, logprobs = policies.generate(policy, cond, mask, u, cfg_scale, temperature=0.8, top_k=50)
-    for n in range(16):
-        given, absent = policy(cond, mask, tokens, use_cfg=True)[:, -1].detach().chunk(2)
-        logits = (absent + cfg_scale * (given - absent)) / 0.8
-        chances = logits.where(logits >= logits.sort().values[:, -50:][:, :1], -torch.inf).softmax(1)
-        drawn = [int((row.cumsum(0) > x).nonzero()[0]) for row, x in zip(chances, u[:, 0, n])]
-        tokens = torch.cat([tokens, torch.tensor(drawn)[:, None]], 1)
-        close(logprobs[:, 0, n], chances.gather(1, tokens[:, -1:])[:, 0].log())
-    assert torch.equal(fast[:, 0], tokens)
+    """Else a stale or misplaced cache entry changes tokens, which no loss would ever show: each token is the
+    one that a pass over those before it draws.
+    """
+    (policy, cond, mask), u = backbone, torch.rand(3, 1, 16, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs = (x[:, 0] for x in policies.generate(policy, cond, mask, u, cfg_scale, temperature=0.8, top_k=50))
+    given, absent = policy(cond, mask, tokens[:, :-1], use_cfg=True).detach().chunk(2)  # (3, 16, V)
+    logits = (absent + cfg_scale * (given - absent)) / 0.8
+    chances = logits.where(logits >= logits.sort().values[..., -50:][..., :1], -torch.inf).softmax(-1)
+    drawn = (chances.cumsum(-1) > u[:, 0, :, None]).int().argmax(-1)
+    assert torch.equal(tokens, drawn)
+    close(logprobs, chances.gather(-1, drawn[..., None])[..., 0].log())
 
 
 def test_a_recorded_step_is_replayed_for_each_token(backbone, monkeypatch):
