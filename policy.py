@@ -536,7 +536,8 @@ JANUS_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What else its file holds: for understanding images, for writing text, the tokenizer; older ones' rotary tables.
+# What else its file holds: for understanding images, for writing text, the tokenizer; in older files the
+# rotary table.
 JANUS_UNUSED = r"(vision_model|aligner|language_model\.lm_head|gen_vision_model)\.|.*rotary_emb\.inv_freq$"
 
 
