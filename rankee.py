@@ -14,7 +14,7 @@ the two stages, one step.
 
 Departures from the authors' scripts, each for a reason given where it is made:
 - K (`rank_k`) defaults to G: with their K = 1 every weight is 1, and soft ranking becomes best-of-G.
-- Two teacher-forced passes a step, not three: with one update epoch π_old is π_θ before its step, detached.
+- Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
 - The reward reaches the decoder through tensors; through a PIL image it has no gradient.
 
 Axes: B captions, G rollouts a caption, R = B·G, K rollouts kept, N tokens, V codes. Images are (…, 3, H, W)
@@ -59,7 +59,6 @@ class Config:
     clip_eps: Annotated[float, "ε, clip range of π_θ / π_old"] = 0.2
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
-    update_epochs: Annotated[int, "policy updates on the same rollouts"] = 1
     cfg_logprobs: Annotated[bool, "score the guided policy that was sampled, not the unguided one (published)"] = False
     # Stage 2
     decoder_lr: Annotated[float, "learning rate of D_φ and the post-quantization convolution"] = 5e-5
@@ -299,25 +298,20 @@ def update_policy(models, rollouts, step, cfg):
         with models.autocast:
             return token_logprobs(policy, cond, cond_mask, tokens, cfg_scale, temperature, cfg.gradient_checkpointing)
 
-    R = len(rollouts.tokens)
-    micro_batches = torch.arange(R, device=rollouts.tokens.device).split(cfg.micro_batch_size)
-    with torch.no_grad():
-        ref_logprobs = [logprobs_of(models.ref_policy, i) for i in micro_batches]
-    old_logprobs = []
-    for epoch in range(cfg.update_epochs):
-        logs = {}
-        for n, i in enumerate(micro_batches):
-            logprobs = logprobs_of(models.policy, i)  # (rows, N)
-            # Before the first step π_θ *is* π_old: no third pass. With one epoch ρ stays 1 and ε never acts.
-            if epoch == 0:
-                old_logprobs.append(logprobs.detach())
-            pg_loss, clip_frac = policy_loss(logprobs, old_logprobs[n], advantages[i], cfg.clip_eps)
-            kl = kl_anchor(logprobs, ref_logprobs[n])
-            losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
-            backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac})
-        norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
-    gap = torch.cat(old_logprobs) - rollouts.sampling_logprobs  # 0 only where what is scored is what was sampled
-    return logs | {"logprob_gap": gap.mean().item(), "policy_grad_norm": norm}
+    R, logs = len(rollouts.tokens), {}
+    for i in torch.arange(R, device=rollouts.tokens.device).split(cfg.micro_batch_size):
+        with torch.no_grad():
+            ref_logprobs = logprobs_of(models.ref_policy, i)
+        logprobs = logprobs_of(models.policy, i)  # (rows, N)
+        # Before its step π_θ *is* π_old: no third pass. ρ is 1 and ε never acts, but its gradient is not 0.
+        pg_loss, clip_frac = policy_loss(logprobs, logprobs.detach(), advantages[i], cfg.clip_eps)
+        kl = kl_anchor(logprobs, ref_logprobs)
+        losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
+        # The gap is 0 only where what is scored is what was sampled.
+        gap = (logprobs - rollouts.sampling_logprobs[i]).mean()
+        backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac, "logprob_gap": gap})
+    norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
+    return logs | {"policy_grad_norm": norm}
 
 
 def update_discriminator(models, rollouts, images, cfg):
