@@ -53,10 +53,8 @@ def fid_inception(state_dict=None):
     if state_dict is None:
         with reading(INCEPTION, "a network to fetch it, or its file by --inception"):
             state_dict = load_state_dict(download(INCEPTION))
-    make_network = partial(inception_v3, weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    norms = [name for name in state_dict if name.endswith("bn.weight")]
-    counters = {name.replace("weight", "num_batches_tracked"): torch.tensor(0) for name in norms}  # not in the file
-    network = build(make_network, counters | state_dict)
+    # The norms' counters are not in the file; PyTorch starts them at 0.
+    network = build(lambda: inception_v3(num_classes=1008, aux_logits=False, init_weights=False), state_dict)
     network.fc = nn.Identity()
     max_pooled = {}
 
