@@ -75,13 +75,11 @@ def preprocess(images, mode):
     """uint8 images (B, H, W, 3) to Inception's input (B, 3, 299, 299), by "clean" or "pytorch-fid" (see the
     head).
     """
+    x = torch.tensor(images).permute(0, 3, 1, 2).float()
     if mode == "pytorch-fid":
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
-    # Channel by channel as float images: PIL would round to uint8 between its two passes otherwise.
-    planes = images.astype(np.float32).transpose(0, 3, 1, 2).reshape(-1, *images.shape[1:3])
-    resized = [Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC) for plane in planes]
-    return (torch.from_numpy(np.stack(resized)).view(-1, 3, 299, 299).clamp(0, 255) - 128) / 128
+        return F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
+    # PIL's bicubic, which clean-fid uses on float channels; on whole images PIL would round between its two passes.
+    return (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
 
 
 def feature_statistics(batches):
