@@ -140,10 +140,8 @@ class CLIPScore(nn.Module):
 
     def forward(self, images, text_emb):
         """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, E)."""
-        size = self.model.visual.image_size
         x = (images.clamp(-1, 1) + 1) / 2  # a saved image has no pixel outside: nothing to gain there
-        if tuple(x.shape[2:]) != tuple(size):
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         image_emb = self.model.encode_image(self.normalize(x), normalize=True)
         return 100 * (image_emb.float() * text_emb).sum(-1)
 
