@@ -220,8 +220,7 @@ def load_image(file, upright=False):
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of 32 bits (mode {image.mode}), whose range is not known; save it with 8 or 16")
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
