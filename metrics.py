@@ -340,8 +340,7 @@ def main(argv=None):
     try:
         run(args.command, args.a, args.b, args)
     except InputError as error:
-        print(f"metrics.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"metrics.py: {error}\n")
 
 
 def run(command, a, b, args):
