@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models import inception_v3
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Normalize
 from tqdm import tqdm
 
 from vq import InputError, atomic_save, build, download, expect, load, load_state_dict, load_vq, reading
@@ -238,7 +238,8 @@ def load_batch(paths, transform):
         except Exception as error:  # a decoder may raise anything for a damaged file
             print(f"left out {path}: {error!r:.200}", file=sys.stderr)
         else:
-            batch.append((path, transform(image)))
+            # An array goes through a pipe; a tensor would need /dev/shm, of which a container has 64 MB.
+            batch.append((path, np.asarray(transform(image))))
     return batch
 
 
@@ -247,7 +248,6 @@ def image_batches(paths, transform):
 
     Raises InputError where nothing can.
     """
-    # Arrays travel through pipes; tensors would need /dev/shm, of which a container has 64 MB.
     collate, read = partial(load_batch, transform=transform), 0
     loader = DataLoader(paths, 32, num_workers=len(os.sched_getaffinity(0)), collate_fn=collate)
     for batch in tqdm(loader, unit=" x 32 images"):
@@ -265,7 +265,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def fid_transform(image, mode, image_size):
     pixels = center_crop(image, image_size) if image_size else np.asarray(image)
-    return preprocess(pixels[None], mode)[0].numpy()
+    return preprocess(pixels[None], mode)[0]
 
 
 def load_statistics(path):
@@ -296,8 +296,7 @@ def compute_clip(folder, args):
     prompts = {image: args.prefix + read_prompt(image) for image in images}
     score, scores = open_clip_score(args.model, args.pretrained).to(DEVICE), []
     # CLIP's own: the shorter side to the network's size by PIL's bicubic, then the middle.
-    size, half = score.model.visual.image_size, (0.5, 0.5, 0.5)
-    transform = Compose([open_clip.image_transform(size, is_train=False, mean=half, std=half), np.asarray])
+    transform = open_clip.image_transform(score.model.visual.image_size, is_train=False, mean=[0.5] * 3, std=[0.5] * 3)
     for good, x in image_batches(images, transform):
         scores += score(x.to(DEVICE), score.encode_text([prompts[image] for image in good])).tolist()
     print(f"CLIP {np.mean(scores):.6g}, standard error {np.std(scores) / len(scores) ** 0.5:.3f}")
