@@ -164,7 +164,7 @@ def token_histogram(tokens, size):
     """Frequencies (V,), float64, of integer tokens of any shape, with one count added to each of the V =
     `size` codes.
     """
-    counts = torch.bincount(tokens.flatten(), minlength=size).double() + 1
+    counts = torch.bincount(tokens.flatten(), minlength=size).view(size).double() + 1  # no code is above
     return counts / counts.sum()
 
 
@@ -303,17 +303,16 @@ def compute_clip(folder, args):
     print(f"{line}, {len(scores)} read; {args.model}, {args.prefix!r} before a caption")
 
 
-def read_tokens(path, vq, size):
-    """All tokens of a folder (n,): of its .npy files, or what the tokenizer gives its images, at 256 px."""
+def read_histogram(path, vq, size):
+    """Histogram (V,) of a folder's tokens: of its .npy files, or what the tokenizer gives its images, at 256 px."""
     if vq:
         batches = image_batches(list_images(path)[0], partial(center_crop, size=256))
         images = (x.to(DEVICE).permute(0, 3, 1, 2) / 127.5 - 1 for _, x in batches)
-        return torch.cat([vq.encode(x).cpu().flatten() for x in images])
+        return token_histogram(torch.cat([vq.encode(x).cpu().flatten() for x in images]), size)
     with reading(path, f"a folder with .npy files of tokens below {size}, as --sample writes; images need --vq"):
-        arrays = [np.load(file).astype(np.int64, casting="safe") for file in list_files(path) if file.suffix == ".npy"]
-        tokens = np.concatenate([array.ravel() for array in arrays])
-        np.bincount(tokens, minlength=size).reshape(size)  # refuses what is outside
-    return torch.from_numpy(tokens)
+        files = [file for file in list_files(path) if file.suffix == ".npy"]
+        tokens = np.concatenate([np.load(file).astype(np.int64, casting="safe").ravel() for file in files])
+        return token_histogram(torch.from_numpy(tokens), size)
 
 
 def main(argv=None):
@@ -351,7 +350,7 @@ def run(command, a, b, args):
             list_images(path)  # refused before anything is encoded
         vq = load(args.vq, load_vq, args.norm_groups).to(DEVICE) if args.vq else None
         size = vq.config.codebook_size if vq else args.vocab_size
-        p, q = (token_histogram(read_tokens(path, vq, size), size) for path in (a, b))
+        p, q = (read_histogram(path, vq, size) for path in (a, b))
         print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
         print(f"tokens of {a} from those of {b}; one count added to each of {size} codes")
     else:
