@@ -33,7 +33,7 @@ import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -117,9 +117,8 @@ def is_janus(ckpt):
 def option_parser():
     raw, usage = argparse.RawDescriptionHelpFormatter, "train.py [options]   (--help lists them)"
     parser = argparse.ArgumentParser("train.py", usage, __doc__, formatter_class=raw, allow_abbrev=False)
-    hints = get_type_hints(TrainConfig, include_extras=True)
     for field in dataclasses.fields(TrainConfig):
-        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        kind, text = field.type.__origin__, field.type.__metadata__[0]
         option = {"help": f"{text} [{field.default}]", "default": argparse.SUPPRESS}
         if kind is bool:
             option["action"] = argparse.BooleanOptionalAction
