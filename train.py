@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -268,10 +267,9 @@ def batch_indices(n, size, seed, steps, rank, world_size):
     """The indices of each step's batch of n pairs: epoch after epoch, each in an order of its own, no process
     another's.
     """
-    order = functools.lru_cache(2)(lambda epoch: random_stream(seed, "epoch", epoch).permutation(n))
-    for step in steps:
-        first = (step * world_size + rank) * size
-        yield [order(k // n)[k % n] for k in range(first, first + size)]
+    total = steps.stop * world_size * size
+    epochs = [random_stream(seed, "epoch", epoch).permutation(n) for epoch in range(math.ceil(total / n))]
+    return np.concatenate(epochs)[:total].reshape(-1, world_size, size)[steps.start :, rank].tolist()
 
 
 def ignore_signals(worker):
