@@ -109,8 +109,7 @@ image_size per_prompt eval_samples save_every"""
 def is_janus(ckpt):
     """Whether a checkpoint is Janus-Pro's: a folder with a config.json, or the name of a repository."""
     path = Path(ckpt)
-    repository = not path.exists() and len(path.parts) == 2 and not path.suffix
-    return repository or bool(ckpt) and (path / "config.json").is_file()
+    return (path / "config.json").is_file() or (not path.exists() and len(path.parts) == 2 and not path.suffix)
 
 
 def option_parser():
@@ -138,7 +137,7 @@ def parse_config(argv):
     parser = option_parser()
     given = vars(parser.parse_args(argv))
     scenes = given.get("data", "" if "ckpt" in given else "scenes") == "scenes"
-    preset = SCENES if scenes else JANUS if is_janus(given.get("ckpt", "")) else ""
+    preset = SCENES if scenes else JANUS if is_janus(given.get("ckpt", TrainConfig.ckpt)) else ""
     settings = vars(parser.parse_args(preset.split()))
     if scenes:
         base = Path(given.get("base", world.FOLDER))
