@@ -271,12 +271,6 @@ def batch_indices(n, size, seed, steps, rank, world_size):
     return np.concatenate(epochs)[:total].reshape(-1, world_size, size)[steps.start :, rank].tolist()
 
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach the whole process group; a loader's worker must outlive the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def to_pixels(arrays):
     """uint8 images (H, W, 3) to floats (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -292,7 +286,7 @@ def data_batches(dataset, cfg, start, rank, world_size):
         yield from (([dataset.pairs[i][1] for i in batch], torch.empty(0)) for batch in batches)
         return
     # Lists of arrays travel through pipes; tensors would need /dev/shm, of which a container has 64 MB.
-    options = {"num_workers": cfg.workers, "collate_fn": list, "worker_init_fn": ignore_signals}
+    options = {"num_workers": cfg.workers, "collate_fn": list, "worker_init_fn": catch_signals}
     for items in DataLoader(dataset, batch_sampler=batches, **options):
         captions, images = zip(*items)
         yield list(captions), to_pixels(images)
@@ -491,8 +485,11 @@ def init_distributed(device):
     return rank, world_size
 
 
-def catch_signals():
-    """Signals received from here on: Ctrl-C and SIGTERM wait for the step's end; a second Ctrl-C kills."""
+def catch_signals(worker=None):
+    """Signals received from here on: Ctrl-C and SIGTERM wait for the step's end; a second Ctrl-C kills.
+
+    They reach the whole process group, and so the loader's workers, which must outlive the step.
+    """
     received = []
 
     def note(number, frame):
