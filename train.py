@@ -342,17 +342,15 @@ def save_checkpoint(out, models, cfg, step, rows, world_size):
     atomic_save(out / "ckpt.pt", lambda file: torch.save(state, file))
 
 
-def load_checkpoint(out, models, world_size):
-    """Fills `models` and returns how many steps were made, and the table's rows."""
-    state = read_checkpoint(out / "ckpt.pt")
+def load_checkpoint(state, models, world_size):
+    """Fills `models` with what `save_checkpoint` kept, and takes it off `state`: a mapped file stays on the disk."""
     if state["world_size"] != world_size:
         print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
     for name in STATE:
-        part, saved = getattr(models, name), state[name]
+        part, saved = getattr(models, name), state.pop(name)
         if "param_groups" in saved:  # of an optimizer the moments alone: its rates are settings, which may have changed
             saved = part.state_dict() | {"state": saved["state"]}
         part.load_state_dict(saved)
-    return state["step"], state["rows"]
 
 
 def export(out, models, cfg):
@@ -531,11 +529,12 @@ def print_table(rows):
 def train(cfg):
     """A whole run: load, post-train, evaluate, save."""
     # Processes, folder
-    out, scenes, start, log = Path(cfg.out), cfg.data == "scenes", 0, ""
+    out, scenes, log = Path(cfg.out), cfg.data == "scenes", ""
     rank, world_size = init_distributed(cfg.device)
     expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
     make_folder(out)
-    cfg = resolve_files(cfg)
+    state = read_checkpoint(out / "ckpt.pt") if cfg.resume else {"step": 0}
+    cfg, start = resolve_files(cfg), state["step"]
     pairs = None if scenes else list_pairs(Path(cfg.data))
 
     # Networks, and the captions and real images that the run is watched on
@@ -545,10 +544,11 @@ def train(cfg):
         judges = world.Judges(cfg.base, cfg.device)
         evaluation = world.Evaluation(judges, vq, cfg.eval_samples, cfg.seed, cfg.device)
         captions, real = evaluation.captions, evaluation.images[:8]
+        batches = world.batches(max(cfg.batch_size, cfg.real_batch_size), cfg.seed, start, rank, world_size)
     else:
         dataset, judges = CaptionedImages(pairs, cfg.image_size), Judges(cfg)
         captions, real = zip(*(dataset[i % len(dataset)] for i in range(8)))
-        real = to_pixels(real)
+        real, batches = to_pixels(real), data_batches(dataset, cfg, start, rank, world_size)
     models = Models(policy, vq, text_encoder, judges, make_autocast(cfg), cfg)
     N = policy.config.grid_size**2
     watched_u = uniform(random_stream(cfg.seed, "watched"), len(captions), N).to(cfg.device)
@@ -558,16 +558,13 @@ def train(cfg):
     tokens, before = sample_images(policy, [base_vq], text_encoder, captions, watched_u, cfg)
     rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, before)] if scenes else []
     if cfg.resume:
-        start, rows = load_checkpoint(out, models, world_size)
+        load_checkpoint(state, models, world_size)
+        rows = state["rows"]
         log = "".join((out / "log.jsonl").read_text().splitlines(keepends=True)[:start])
     if rank == 0:
         atomic_save(out / "log.jsonl", lambda file: file.write(log.encode()))
 
     # Post-train
-    if scenes:
-        batches = world.batches(max(cfg.batch_size, cfg.real_batch_size), cfg.seed, start, rank, world_size)
-    else:
-        batches = data_batches(dataset, cfg, start, rank, world_size)
     received, bad_steps = catch_signals(), 0
     with contextlib.closing(batches):  # else an exception would leave its workers, and the exit wait for them for ever
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
