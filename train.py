@@ -457,9 +457,7 @@ def sample(cfg):
         todo += [(i, k, path) for k, path in enumerate(paths) if not path.exists()]
     policy, vq, text_encoder = load_pretrained(resolve_files(cfg))
     N = policy.config.grid_size**2
-    starts = range(0, len(todo), cfg.rollout_batch_size)
-    for n in tqdm(starts, unit=f" x {cfg.rollout_batch_size} images", disable=len(starts) < 2):
-        batch = todo[n : n + cfg.rollout_batch_size]
+    for batch in tqdm(DataLoader(todo, cfg.rollout_batch_size, collate_fn=list), unit=" batches"):
         u = torch.stack([uniform(random_stream(cfg.seed, "sample", i, k), N) for i, k, _ in batch])
         captions = [prompts[i]["prompt"] for i, _, _ in batch]
         tokens, images = sample_images(policy, [vq], text_encoder, captions, u.to(cfg.device), cfg)
