@@ -476,8 +476,8 @@ def init_distributed(device):
     if world_size > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait while the first evaluates
+        # The others wait while the first evaluates.
+        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(hours=12))
     return rank, world_size
 
 
