@@ -417,8 +417,7 @@ def save_preview(path, columns, captions):
         for y, (image, caption) in enumerate(zip(images, captions)):
             tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + x * (cell + 4), head + y * (cell + 4)))
-            lines = textwrap.wrap(caption, 26, max_lines=cell // 17, placeholder=" ...")
-            draw.text((6, head + y * (cell + 4) + 4), "\n".join(lines), "black", font)
+            draw.text((6, head + y * (cell + 4) + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
     atomic_save(path, lambda file: sheet.save(file, "PNG"))
 
 
