@@ -604,10 +604,8 @@ def main(argv=None):
         stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
     try:
         cfg = parse_config(argv)
-        if cfg.sample:
-            sample(cfg)
-        else:
-            train(cfg)
+        run = sample if cfg.sample else train
+        run(cfg)
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
