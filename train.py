@@ -317,8 +317,8 @@ def load_pretrained(cfg):
             text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
     codes, codebook = policy.config.vocab_size, vq.config.codebook_size
     expect(codes == codebook, f"--ckpt {cfg.ckpt} has {codes} codes and --vq {cfg.vq} {codebook}; give a pair")
-    vq = vq.to(cfg.device, memory_format=torch.channels_last)  # what convolutions are fastest in
-    return policy.to(cfg.device), vq, text_encoder
+    # channels_last: what convolutions are fastest in.
+    return policy.to(cfg.device), vq.to(cfg.device, memory_format=torch.channels_last), text_encoder
 
 
 class Judges:
