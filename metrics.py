@@ -269,18 +269,18 @@ def fid_transform(image, mode, image_size):
 
 
 def load_statistics(path):
-    """mu, sigma and how many of a .npz (taken for enough), and a line on where they come from."""
+    """mu and sigma of a .npz, and a line on where they come from."""
     with reading(path, "a .npz with mu (2048,) and sigma (2048, 2048)"), np.load(path) as file:
         mu, sigma = file["mu"].reshape(2048).astype(float), file["sigma"].reshape(2048, 2048).astype(float)
     expect(np.isfinite(mu.sum() + sigma.sum()), f"{path}: holds numbers that are not finite")
-    return mu, sigma, 2048, f"statistics of {path}"
+    return mu, sigma, f"statistics of {path}"
 
 
 def compute_statistics(images, line, network, args):
     """The same of what `list_images` found."""
     batches = image_batches(images, partial(fid_transform, mode=args.preprocess, image_size=args.image_size))
     mu, sigma, n = feature_statistics(network(x.to(DEVICE)) for _, x in batches)
-    return mu, sigma, n, f"{line}, {n} read, {args.preprocess} preprocessing, --image-size {args.image_size}"
+    return mu, sigma, f"{line}, {n} read, {args.preprocess} preprocessing, --image-size {args.image_size}"
 
 
 def read_prompt(image):
@@ -359,15 +359,14 @@ def run(command, a, b, args):
         paths = [a, b] if command == "fid" else [a]
         sides = [load_statistics(path) if path.endswith(".npz") else list_images(path) for path in paths]
         network = (load(args.inception, fid_inception) if args.inception else fid_inception()).to(DEVICE)
-        (mu, sigma, n, line), *other = (x if len(x) == 4 else compute_statistics(*x, network, args) for x in sides)
+        (mu, sigma, line), *other = (x if len(x) == 3 else compute_statistics(*x, network, args) for x in sides)
         if command == "statistics":
             atomic_save(b, lambda file: np.savez(file, mu=mu, sigma=sigma))
             print(f"{b}: {line}")
         else:
-            mu2, sigma2, n2, line2 = other[0]
+            mu2, sigma2, line2 = other[0]
             print(f"FID {frechet_distance(mu, sigma, mu2, sigma2):.6g}\n{line}\nagainst {line2}")
-            if min(n, n2) < 2048:
-                print("FID is biased upwards below 2,048 images: compare it with the same counts only")
+            print("FID is biased upwards, below 2,048 images by much: compare it with the same counts only")
 
 
 if __name__ == "__main__":
