@@ -229,18 +229,19 @@ def center_crop(image, size):
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
+def try_image(path):
+    """The image, or None where it cannot be read, which is said."""
+    try:
+        return load_image(path)
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        print(f"left out {path}: {error!r:.200}", file=sys.stderr)
+
+
 def load_batch(paths, transform):
-    """(path, transformed image) of each that can be read, in a worker process; names the others."""
-    batch = []
-    for path in paths:
-        try:
-            image = load_image(path)
-        except Exception as error:  # a decoder may raise anything for a damaged file
-            print(f"left out {path}: {error!r:.200}", file=sys.stderr)
-        else:
-            # An array goes through a pipe; a tensor would need /dev/shm, of which a container has 64 MB.
-            batch.append((path, np.asarray(transform(image))))
-    return batch
+    """(path, transformed image) of each that can be read, in a worker process."""
+    images = ((path, try_image(path)) for path in paths)
+    # Arrays go through a pipe; tensors would need /dev/shm, of which a container has 64 MB.
+    return [(path, np.asarray(transform(image))) for path, image in images if image]
 
 
 def image_batches(paths, transform):
