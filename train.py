@@ -485,6 +485,14 @@ def catch_signals(worker=None):
     return received
 
 
+def any_process(number, device):
+    """The largest of all processes' numbers: all stop after the same step."""
+    number = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
 # What a step's line shows of its log.
 SHOWN = "reward kl clip_frac policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
 
@@ -559,10 +567,7 @@ def train(cfg):
             logs = train_step(models, step_captions[: cfg.batch_size], images, u.to(cfg.device), step, cfg)
             logs["seconds"] = time.perf_counter() - started
 
-            stop = torch.tensor(max(received, default=0), device=cfg.device)
-            if world_size > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)  # all processes stop after the same step
-            stop, done, last = stop.item(), step + 1, step + 1 == cfg.max_steps
+            stop, done, last = any_process(max(received, default=0), cfg.device), step + 1, step + 1 == cfg.max_steps
             bad_steps = 0 if all(map(math.isfinite, logs.values())) else bad_steps + 1
             if rank == 0:
                 log_step(out / "log.jsonl", done, cfg, logs)
