@@ -469,6 +469,17 @@ def sample(cfg):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
+def init_distributed(device):
+    """This process' rank and how many torchrun started; (0, 1) without it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait while the first evaluates.
+        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(hours=12))
+    return rank, world_size
+
+
 def catch_signals(worker=None):
     """Signals received from here on: Ctrl-C and SIGTERM wait for the step's end; a second Ctrl-C kills.
 
@@ -514,16 +525,9 @@ def print_table(rows):
 
 def train(cfg):
     """A whole run: load, post-train, evaluate, save."""
-    # Processes, as torchrun started them
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait while the first evaluates.
-        dist.init_process_group(dist.get_default_backend_for_device(cfg.device), timeout=timedelta(hours=12))
-
-    # Folder, files
+    # Processes, folder
     out, scenes, log = Path(cfg.out), cfg.data == "scenes", ""
+    rank, world_size = init_distributed(cfg.device)
     expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
     make_folder(out)
     state = read_checkpoint(out / "ckpt.pt") if cfg.resume else {"step": 0}
