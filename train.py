@@ -88,10 +88,10 @@ class TrainConfig(Config):
 
 # What the embedded world sets, found by measurement (experiments/README.md); all else is `Config`'s default.
 SCENES = f"""
---out runs/scenes --data scenes --image-size {world.RESOLUTION} --max-steps 80 --batch-size 8 --cfg-scale 4 --top-k 0
---rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --real-batch-size 16 --cfg-logprobs --rank-k 4
---policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.1 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
---decoder-lr 1e-4 --disc-lr 1e-3 --disc-start 0 --lambda-d 0.02 --decoder-ema 0.9 --rank-zscore
+--out runs/scenes --data scenes --image-size {world.RESOLUTION} --max-steps 80 --batch-size 16 --cfg-scale 4 --top-k 0
+--rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --cfg-logprobs --rank-k 2 --rank-zscore
+--policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
+--disc-lr 1e-3 --disc-start 0 --lambda-d 0.05 --decoder-ema 0.9
 """
 # The authors' for Janus-Pro-1B, where they differ from LlamaGen-XL's. Two accumulated batches of 2 captions
 # are our 4.
