@@ -505,7 +505,7 @@ def any_process(number, device):
 
 
 # What a step's line shows of its log.
-SHOWN = "reward kl clip_frac policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
+SHOWN = "reward kl policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
 
 
 def log_step(path, step, cfg, logs):
