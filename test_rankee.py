@@ -522,6 +522,7 @@ def wrong():
         "damaged/0.png": pointer,
         "one/0.png": (F / "pairs" / "0.png").read_bytes(),
         "empty/nothing.txt": b"",
+        "older/nothing.txt": b"",
         "taken.npz/nothing.txt": b"",
     }
     for name, content in contents.items():
@@ -531,6 +532,7 @@ def wrong():
     os.truncate(folder / "half.tar", 10000)
     write_coco(folder / "twice.json", [1, 1])
     np.savez(folder / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    torch.save({"config": {"arm": "policy"}}, folder / "older" / "ckpt.pt")
     np.save(folder / "empty" / "16384.npy", np.array([16384]))
     np.save(folder / "damaged" / "0.5.npy", np.array([0.5]))
     return folder
@@ -548,6 +550,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "at least --rank-k": "train --rank-k 9 | train --group-size 1",
     "a_bus": "train --sample a_bus",
     "ckpt.pt": "train --resume",
+    "older/ckpt.pt: a run of another version": "train --resume --out older",
     # Weights that are another model's, random, or somebody's code
     "expected an undamaged checkpoint": "draw --ckpt truncated.pt | draw --ckpt code.pt",
     "is text: a Git-LFS pointer or a web page": POINTERS,

@@ -143,7 +143,10 @@ def parse_config(argv):
         base = Path(given.get("base", world.FOLDER))
         settings |= {"ckpt": str(base / "policy.pt"), "vq": str(base / "vq.pt")}
     if given.get("resume"):
-        settings = read_checkpoint(Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt"))["config"]
+        file = Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt")
+        settings = read_checkpoint(file)["config"]
+        same_version = settings.keys() == vars(TrainConfig()).keys()
+        expect(same_version, f"{file}: a run of another version; go on with that one, or begin anew")
         changed = [name for name in given if given[name] != settings[name] and name != "resume"]
         print(*(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}\n" for name in changed), sep="", end="")
     if given.get("ckpt"):
