@@ -320,7 +320,9 @@ def reading(path, expected, errors=Exception, done="read"):
 
 
 def is_pointer_or_page(path):
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # a folder, or what may not be read, is neither
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return False
+    with open(path, "rb") as file:
         return file.read(9).startswith((b"version h", b"<"))
 
 
