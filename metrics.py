@@ -1,5 +1,4 @@
-"""What the paper measures: the Fréchet Inception distance (from scratch), CLIP scores (through open_clip),
-token statistics.
+"""The paper's measures: Fréchet Inception distance (from scratch), CLIP scores (open_clip), token statistics.
 
     python metrics.py fid A B                    A, B: folders of images, or statistics (.npz)
     python metrics.py statistics A OUT.npz       statistics in pytorch-fid's layout
@@ -13,8 +12,7 @@ Two ways to prepare an image for Inception are in use, and they give different n
                    the published tables
     "pytorch-fid"  bilinear without anti-aliasing, x / 127.5 − 1; most older papers
 
-Images are read as the published tools do, EXIF orientation unheeded; transparency goes over white, 16 bits
-are scaled to 8.
+EXIF orientation is ignored, as by the published tools. Transparency goes over white, 16 bits are scaled to 8.
 """
 
 import argparse
@@ -43,12 +41,11 @@ INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 
 
 def fid_inception(state_dict=None):
-    """The network FID is defined on: prepared images (B, 3, 299, 299), about [-1, 1], to pooled features (B,
-    2048).
+    """FID's network: images (B, 3, 299, 299) of `preprocess`, about [-1, 1], to pooled features (B, 2048).
 
     The 2015 TensorFlow graph differs from torchvision's Inception-v3 in its pools: averages leave out the
     padding, and the last block pools by maximum. Without `state_dict` the weights are fetched. Raises
-    InputError for another network's.
+    InputError where they cannot be, RuntimeError (PyTorch's, naming each) for entries of another network.
     """
     if state_dict is None:
         with reading(INCEPTION, "a network to fetch it, or its file by --inception"):
@@ -72,9 +69,7 @@ def fid_inception(state_dict=None):
 
 
 def preprocess(images, mode):
-    """uint8 images (B, H, W, 3) to Inception's input (B, 3, 299, 299), by "clean" or "pytorch-fid" (see the
-    head).
-    """
+    """uint8 images (B, H, W, 3) to Inception's input (B, 3, 299, 299); the two modes are described above."""
     x = torch.tensor(images).permute(0, 3, 1, 2).float()
     if mode == "pytorch-fid":
         return F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
@@ -97,12 +92,10 @@ def feature_statistics(batches):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017, arXiv 1706.08500), finite also for singular
-    Σ.
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017, arXiv 1706.08500), also for singular Σ.
 
-    With Σ = L Lᵀ, tr (Σ₁ Σ₂)^½ is the sum of the singular values of L₁ᵀ L₂. That needs no matrix root of a
-    product that is not symmetric, which goes complex for singular Σ, and rounding enters it once, not under a
-    root.
+    With Σ = L Lᵀ, tr (Σ₁ Σ₂)^½ is the sum of the singular values of L₁ᵀ L₂. That needs no matrix root of
+    the product, which is not symmetric and has a complex root for singular Σ; and no root amplifies rounding.
     """
 
     def factor(sigma):
@@ -119,11 +112,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 class CLIPScore(nn.Module):
-    """100 · cosine of an open_clip model's image and text embeddings, no logit scale; differentiable to the
-    pixels.
+    """100 · cosine of an open_clip model's image and text embeddings, without its logit scale.
 
-    Images are resized as tensors: through PIL the "reward back-propagated to the decoder" would have no
-    gradient at all.
+    Differentiable to the pixels, which are resized as tensors: through PIL the "reward back-propagated to the
+    decoder" would have no gradient at all.
     """
 
     def __init__(self, model, tokenizer, mean, std):
@@ -147,10 +139,9 @@ class CLIPScore(nn.Module):
 
 
 def open_clip_score(name, pretrained):
-    """A `CLIPScore` of open_clip's model `name`; `pretrained` is one of its tags, which it fetches, or a
-    file's path.
+    """A `CLIPScore` of open_clip's model `name`; `pretrained` is one of its tags, to be fetched, or a file.
 
-    OpenAI's weights belong to the "-quickgelu" names. Raises InputError.
+    OpenAI's weights belong to the "-quickgelu" names. Raises InputError for a wrong name or unusable weights.
     """
     with reading(pretrained, f"weights of open_clip's {name}"):
         model = open_clip.create_model(name, pretrained=str(pretrained), require_pretrained=True)
@@ -161,17 +152,13 @@ def open_clip_score(name, pretrained):
 
 
 def token_histogram(tokens, size):
-    """Frequencies (V,), float64, of integer tokens of any shape, with one count added to each of the V =
-    `size` codes.
-    """
-    counts = torch.bincount(tokens.flatten(), minlength=size).view(size).double() + 1  # no code is above
+    """Frequencies (V,), float64, of integer tokens of any shape; one is added to all V = `size` counts."""
+    counts = torch.bincount(tokens.flatten(), minlength=size).view(size).double() + 1  # fails for codes ≥ V
     return counts / counts.sum()
 
 
 def token_kl(p, q):
-    """KL(p ‖ q) in nats of two histograms (V,): the paper's latent covariate shift, p generated and q of real
-    images.
-    """
+    """KL(p ‖ q) in nats of histograms (V,), p generated and q real: the paper's latent covariate shift."""
     return (p * (p / q).log()).sum().item()
 
 
@@ -197,9 +184,7 @@ def list_files(folder):
 
 
 def list_images(folder):
-    """The images below a folder, and a line on how many there are and what is left out. Raises InputError for
-    none.
-    """
+    """The images below a folder, and a line that counts them and other files. Raises InputError for none."""
     files = list_files(folder)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     expect(images, f"{folder}: no images; expected a folder with {', '.join(IMAGE_SUFFIXES)} files")
@@ -210,7 +195,7 @@ def load_image(file, upright=False):
     """An image's file, or a file object, as RGB with 8 bits; `upright` turns it as its EXIF orientation says.
 
     Grey of 16 bits is scaled, transparency goes over white, other modes are PIL's conversion. Raises
-    ValueError where the range is unknown (32 bits, float), and whatever PIL raises for a damaged file.
+    ValueError where the range is unknown (float, 32 bits in use), and whatever PIL raises for a damaged file.
     """
     with Image.open(file) as image:
         if upright:
@@ -230,7 +215,7 @@ def center_crop(image, size):
 
 
 def try_image(path):
-    """The image, or None where it cannot be read, which is said."""
+    """The image, or None and a line on stderr where it cannot be read."""
     try:
         return load_image(path)
     except Exception as error:  # a decoder may raise anything for a damaged file
@@ -278,7 +263,7 @@ def load_statistics(path):
 
 
 def compute_statistics(images, line, network, args):
-    """The same of what `list_images` found."""
+    """The same, computed from the images and the line that `list_images` gave."""
     batches = image_batches(images, partial(fid_transform, mode=args.preprocess, image_size=args.image_size))
     mu, sigma, n = feature_statistics(network(x.to(DEVICE)) for _, x in batches)
     return mu, sigma, f"{line}, {n} read, {args.preprocess} preprocessing, --image-size {args.image_size}"

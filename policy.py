@@ -8,18 +8,17 @@ a token become embeddings, in the output layer and in the rotary embedding. Size
     scenes/policy.pt             3       6    96        1024              8       0.5 M
     t2i_XL_stage1_256.pt        36      20  1280       16384            120       775 M
     t2i_XL_stage2_512.pt        36      20  1280       16384            120       775 M
-    Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1480 M, of them 210 M words
+    Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1480 M, 210 M of them words
 
 Easy to get wrong:
 - LlamaGen's prefix (the caption) is not rotated by zero, it is *multiplied* by zero: its rotary table is all
   zeros there, so q and k of text positions vanish and text attends evenly to the text before it.
 - Captions are left-padded, and a padded position is no key for anyone but itself. One mask, `attention_mask`,
   serves sampling and scoring; with two, the log-probabilities are those of another model.
-- Janus rotates a head's first half against its second, LlamaGen neighbours: rows of q and k change places at
-  load and save.
+- The rotary embedding pairs neighbouring channels of a head in LlamaGen, its first half with its second in
+  Janus: rows of Janus' q and k matrices are reordered at load and save.
 
-Axes: B captions, G rollouts a caption, R = B·G rows, T text positions, N image tokens, V codes, C text
-features.
+Axes: B captions, G rollouts each, R = B·G rows, T text positions, N image tokens, V codes, C text channels.
 """
 
 import html
@@ -49,7 +48,7 @@ class GPTConfig:
     caption_dim: int = 2048  # C
     grid_size: int = 16
     norm_eps: float = 1e-5
-    text_vocab_size: int = 0  # Janus' words; 0 is LlamaGen's layout
+    text_vocab_size: int = 0  # words that Janus knows; 0 is LlamaGen's layout
     pad_id: int = 0  # Janus' word that stands for "no caption"
 
 
@@ -64,14 +63,12 @@ def rope_1d(positions, head_dim):
 
 
 def rope_2d(positions, grid_size, head_dim):
-    """LlamaGen's, of the same shape: the first half of a head's pairs turns with the row, the second with the
-    column.
-    """
+    """LlamaGen's, same shape: a head's first half of pairs turns with the row, its second with the column."""
     return torch.cat([rope_1d(n, head_dim // 2) for n in (positions // grid_size, positions % grid_size)], -2)
 
 
 def apply_rotary_emb(x, freqs_cis):
-    """Turns neighbouring pairs of `x` (…, R, heads, L, head_dim) by `freqs_cis` (R, L, head_dim / 2, 2)."""
+    """Rotates neighbouring pairs of `x` (…, R, heads, L, head_dim) by `freqs_cis` (R, L, head_dim / 2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = freqs_cis.unsqueeze(1).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
@@ -80,15 +77,14 @@ def apply_rotary_emb(x, freqs_cis):
 class Linear(nn.Linear):
     """nn.Linear, twice as fast on a CPU for the few rows of a decoding step.
 
-    There its time is that of reading the matrix. MKL reads at the memory's rate for one row and at half of it
-    for two, which guidance needs; with the matrix as left factor it reads at the full rate.
+    Such a step takes as long as reading the matrix. MKL reads it at the memory's full rate for one row, but
+    at half of that for two, which guidance needs; with the matrix as left factor it keeps the full rate.
     """
 
     def forward(self, x):
         if x.device.type != "cpu" or not 2 <= x.shape[:-1].numel() <= 64:
             return super().forward(x)
-        # Contiguous, or the next layer's right factor would be stored the other way round: the slow way
-        # again.
+        # Contiguous, or the next layer's right factor would be in the other memory layout, the slow one.
         y = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.type_as(y)
 
@@ -135,9 +131,7 @@ class TransformerBlock(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """LlamaGen's: text features to prefix embeddings; holds the features that stand for "no caption" in
-    guidance.
-    """
+    """LlamaGen's: text features to prefix embeddings; holds the learned "no caption" features of guidance."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,9 +140,7 @@ class CaptionEmbedder(nn.Module):
         self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
     def forward(self, cond, cond_mask, use_cfg):
-        """(B, T, C) and mask (B, T) to (B, T, dim) and mask; with `use_cfg` 2B rows, the unconditional half
-        last.
-        """
+        """(B, T, C) and mask (B, T) to (B, T, dim) and mask; `use_cfg` appends B unconditional rows."""
         if use_cfg:
             cond = torch.cat([cond, self.uncond_embedding[-cond.shape[1] :].expand_as(cond)])
             cond_mask = cond_mask.repeat(2, 1)
@@ -156,9 +148,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class PromptEmbedder(nn.Module):
-    """Janus': a prompt's words to prefix embeddings. "No caption" keeps the first and last word and has pad
-    words between.
-    """
+    """Janus': words to prefix embeddings; "no caption" has pad words between the first and last word."""
 
     def __init__(self, config):
         super().__init__()
@@ -167,20 +157,16 @@ class PromptEmbedder(nn.Module):
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.dim).requires_grad_(False)
 
     def forward(self, input_ids, cond_mask, use_cfg):
-        """(B, T) and mask (B, T) to (B, T, dim) and mask; with `use_cfg` 2B rows, the unconditional half
-        last. Its pad words are attended to.
-        """
+        """(B, T) and mask (B, T) to (B, T, dim) and mask; `use_cfg` appends B unconditional rows."""
         if use_cfg:
             keep = cond_mask & ~F.pad(cond_mask[:, :-1], (1, 0))  # the first real word
-            keep[:, -1] = True
+            keep[:, -1] = True  # and the last; pad words between them are attended to, as in Janus
             input_ids, cond_mask = torch.cat([input_ids, input_ids.where(keep, self.pad_id)]), cond_mask.repeat(2, 1)
         return self.embed_tokens(input_ids), cond_mask
 
 
 class Policy(nn.Module):
-    """The transformer. Attribute names are LlamaGen's entry names; what Janus has instead bears Janus' names
-    inside.
-    """
+    """The transformer. Attributes are named as in LlamaGen's checkpoints, Janus' own modules as in Janus'."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,9 +187,7 @@ class Policy(nn.Module):
         self.norm = nn.RMSNorm(dim, config.norm_eps)
 
     def freqs_cis(self, cond_mask, n):
-        """Cosines and sines (R, T + n, head_dim / 2, 2) for a prefix with cond_mask (R, T) and n image
-        tokens.
-        """
+        """Rotary table (R, T + n, head_dim / 2, 2) of a prefix with cond_mask (R, T) and n image tokens."""
         if self.config.text_vocab_size:  # positions are counted from a row's first real word
             return rope_1d(F.pad(cond_mask, (0, n), value=True).cumsum(1) - 1, self.config.head_dim)
         table = rope_2d(torch.arange(n, device=cond_mask.device), self.config.grid_size, self.config.head_dim)
@@ -222,11 +206,10 @@ class Policy(nn.Module):
         return self.norm(x)
 
     def hidden_states(self, cond, cond_mask, tokens, use_cfg=False, checkpointing=False):
-        """What predicts each token after a caption: (R, n + 1, dim) for cond (R, T, C), cond_mask (R, T),
-        tokens (R, n).
+        """Hidden states (R, n + 1, dim) that predict `tokens` (R, n) after a caption, and one token more.
 
-        The last prefix position predicts the first token. With `use_cfg` (2R, n + 1, dim), the unconditional
-        half last.
+        cond is (R, T, C) or (R, T), cond_mask (R, T). The last prefix position predicts the first token.
+        `use_cfg` appends R unconditional rows.
         """
         n = tokens.shape[1]
         prefix, cond_mask = self.cls_embedding(cond, cond_mask, use_cfg)
@@ -237,9 +220,7 @@ class Policy(nn.Module):
         return self.transformer(x, self.freqs_cis(cond_mask, n), mask, no_cache, None, checkpointing)[:, -n - 1 :]
 
     def forward(self, cond, cond_mask, tokens, use_cfg=False):
-        """Caption and tokens (R, n) to the logits (R, n + 1, V) of the token that follows each; see
-        `hidden_states`.
-        """
+        """Logits (R, n + 1, V) of `tokens` (R, n) after a caption and of one more; see `hidden_states`."""
         return self.output(self.hidden_states(cond, cond_mask, tokens, use_cfg))
 
     def new_kv_cache(self, rows, positions):
@@ -247,14 +228,12 @@ class Policy(nn.Module):
         config, device = self.config, self.norm.weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
-        # Zeros: a recorded step looks past what is filled, and a masked key of leftover NaN would still be
-        # NaN.
+        # Zeros: a recorded step reads past what is filled, and leftover NaN would pass through its mask.
         return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def maybe_checkpoint(function, *inputs, enabled):
-    """function(*inputs); if `enabled` the backward pass computes it again instead of remembering what
-    happened inside.
+    """function(*inputs); if `enabled`, its activations are not kept but recomputed in the backward pass.
 
     An argument decides it, and not train() or eval(), which would have to be right at every call.
     """
@@ -264,11 +243,10 @@ def maybe_checkpoint(function, *inputs, enabled):
 
 
 def attention_mask(cond_mask, n):
-    """(R, 1, T + n, T + n), true where a position (row) may look at a key (column); cond_mask (R, T), n image
-    tokens.
+    """Mask (R, 1, T + n, T + n), true where a position (row) may look at a key (column).
 
-    Causal over text and image; padding is no key, but every position sees itself, or a padded row would have
-    no key at all.
+    Causal over text, with cond_mask (R, T), and n image tokens. Padding is no key, but every position sees
+    itself, or a padded one would have no key at all.
     """
     keys = F.pad(cond_mask, (0, n), value=True)[:, None, None]  # (R, 1, 1, T + n)
     itself = torch.eye(keys.shape[-1], dtype=torch.bool, device=keys.device)
@@ -296,25 +274,23 @@ def logits_to_logprobs(logits, cfg_scale=1.0, temperature=1.0, top_k=0):
 
 
 def sample_token(logprobs, u):
-    """Tokens (R,) from log-probabilities (R, V) by inverting the distribution function at `u` (R,), uniform
-    in [0, 1).
+    """Tokens (R,) from log-probabilities (R, V), by inverting the distribution function at `u` (R,).
 
-    One number a token, where the Gumbel trick needs V: small enough to be an argument, so two policies can be
-    compared on the same draw and a row's randomness does not depend on its neighbours.
+    `u`, uniform in [0, 1), is one number a token, where the Gumbel trick needs V: small enough to be an
+    argument, so two policies can be compared on the same draw and no row's draw depends on its neighbours.
     """
-    # In float64: a GPU's parallel sum wobbles, and in float32 a code of probability 0 is drawn a few times in
-    # a million.
+    # In float64: a GPU's parallel sum wobbles, and in float32 a few draws in a million have probability 0.
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return token.clamp_max(logprobs.shape[-1] - 1)  # rounding may leave the last sum a hair below u
+    return token.clamp_max(logprobs.shape[-1] - 1)  # NaN gives V: on a GPU a wrong index ends the process
 
 
 @torch.no_grad()
 def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0):
     """Draws G image token sequences for each of B captions.
 
-    cond (B, T, C), or input_ids (B, T), and cond_mask (B, T) from a text encoder; u (B, G, N) uniform in [0,
-    1). Returns tokens (B, G, N) and the log-probabilities (B, G, N) of the distribution they were drawn from.
+    cond (B, T, C) or input_ids (B, T), cond_mask (B, T): a text encoder's; u (B, G, N): uniform in [0, 1).
+    Returns tokens (B, G, N) and their log-probabilities (B, G, N) in the distribution they were drawn from.
     """
     B, G, N = u.shape
     T, use_cfg, u = cond.shape[1], cfg_scale != 1, u.flatten(0, 1)
@@ -341,9 +317,7 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
         return token
 
     def decode_one_token(kv_len):
-        """Draws token n and reads it, looking at the first `kv_len` positions; nothing here waits for the
-        device.
-        """
+        """Draws token n and reads it, looking at the first `kv_len` positions; never waits for the device."""
         x, input_pos = policy.tok_embeddings(sample_next()), T + n
         x = torch.cat([x, x]) if use_cfg else x  # (R or 2R, 1, dim)
         row_mask = mask.index_select(2, input_pos)[..., :kv_len]
@@ -358,9 +332,9 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
 def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128):
     """Calls decode_one_token(kv_len) for each of n tokens.
 
-    On a GPU a step is a thousand small kernels, and starting them takes longer than they do: it is recorded
-    as a CUDA graph and replayed. A graph's shapes are fixed, so it looks at all positions of its `bucket` of
-    tokens; each has its own.
+    On a GPU a step is a thousand small kernels, which take longer to start than to run: it is recorded as a
+    CUDA graph and replayed. A graph's shapes are fixed, so each `bucket` of tokens has its own graph, which
+    looks at all positions up to the bucket's end.
     """
     for i in range(n):
         end = prefix_len + min(n, i - i % bucket + bucket)
@@ -376,13 +350,12 @@ def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128)
 
 
 def token_logprobs(policy, cond, cond_mask, tokens, cfg_scale=1.0, temperature=1.0, checkpointing=False, chunk=64):
-    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass; cond (R, T, C) or (R, T),
-    cond_mask (R, T).
+    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass.
 
-    The default scores the unguided policy, as the paper does although it samples with guidance; with the
-    sampler's scale and temperature it scores what was sampled, but for top-k: a code outside the reference's
-    top k would have an infinite KL. Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a
-    row at N = 1024, and softmax takes several.
+    cond is (R, T, C) or (R, T), cond_mask (R, T). The default scores the unguided policy, as the paper does
+    although it samples with guidance; with the sampler's scale and temperature it scores what was sampled,
+    but for top-k: a code outside the reference's top k would have an infinite KL. Logits exist for `chunk`
+    tokens at a time: (R, N, V) floats are 67 MB a row at N = 1024, and softmax takes several such arrays.
     """
     h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], cfg_scale != 1, checkpointing)
 
@@ -400,10 +373,10 @@ def token_logprobs(policy, cond, cond_mask, tokens, cfg_scale=1.0, temperature=1
 
 
 def left_pad(rows, length):
-    """Stacks captions' features (n, C) or words (n,), n ≤ `length` = T, into (B, T, …) and a mask (B, T),
-    true where text is.
+    """Stacks captions' features (n, C) or words (n,) into (B, T, …) and a mask (B, T), true where text is.
 
     LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
+    Raises ValueError unless 0 < n ≤ `length` = T.
     """
     for row in rows:
         if not 0 < len(row) <= length:
@@ -412,9 +385,8 @@ def left_pad(rows, length):
     return padded, torch.stack([torch.arange(length, device=row.device) >= length - len(row) for row in rows])
 
 
-# LlamaGen's captions were cleaned before flan-t5 read them, by rules made for captions off the web. These are
-# the ones that change an ordinary caption, in their order; those for addresses, file names, product codes and
-# markup are left out.
+# LlamaGen's captions were cleaned before flan-t5 read them, by rules for captions off the web. In order,
+# those that change an ordinary caption; left out: those for addresses, file names, product codes and markup.
 CLEANING = [
     ('["`´«»“”¨]', '"'),
     ("[‘’]", "'"),
@@ -443,11 +415,10 @@ def clean_caption(text):
 
 
 class T5Encoder:
-    """LlamaGen's text encoder, flan-t5-xl, from its folder; in bf16 on a GPU, 2.4 GB. Needs the package
-    transformers.
+    """LlamaGen's text encoder, flan-t5-xl, from its folder; in bf16 on a GPU, 2.4 GB.
 
-    `dim` is C, `max_length` the largest T. Raises InputError for a folder that is not whole, or another
-    encoder's.
+    `dim` is C, `max_length` the largest T. Needs the package transformers.
+    Raises InputError for a folder that is not whole, or another encoder's.
     """
 
     def __init__(self, folder, dim, max_length, device, encoder_device):
@@ -460,9 +431,8 @@ class T5Encoder:
             options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
             self.encoder, info = T5EncoderModel.from_pretrained(folder, **options)
         self.encoder.to(encoder_device).eval().requires_grad_(False)
-        # Where its files lack, transformers makes an empty tokenizer that reads every word as <unk>, and says
-        # nothing.
         expect(not info["missing_keys"], f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}")
+        # Without its files transformers silently makes an empty tokenizer, which reads every word as <unk>.
         known = self.tokenizer.unk_token_id not in self.tokenizer("a photo of two red dogs").input_ids
         expect(known, f"{folder}: its tokenizer does not know ordinary words; expected flan-t5-xl's, whole")
         width = self.encoder.config.d_model
@@ -507,11 +477,10 @@ class JanusTokenizer:
 
 
 def load_llamagen(state_dict, grid_size, head_dim=None):
-    """A policy from LlamaGen's state dict; sizes from the shapes, `grid_size` from the image size, `head_dim`
-    from the width.
+    """A policy for images of `grid_size`² tokens from LlamaGen's state dict; other sizes are in the shapes.
 
-    Raises KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus or
-    misshapen ones.
+    `head_dim` defaults to that of LlamaGen's model of this width. Raises InputError if it does not divide it,
+    KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus, misshapen ones.
     """
     state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # older files keep the rotary table
     vocab_size, dim = state_dict["tok_embeddings.weight"].shape
@@ -536,8 +505,7 @@ JANUS_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What else its file holds: for understanding images, for writing text, the tokenizer; in older files the
-# rotary table.
+# What else its file holds: image understanding, text output, the tokenizer; in older files a rotary table.
 JANUS_UNUSED = r"(vision_model|aligner|language_model\.lm_head|gen_vision_model)\.|.*rotary_emb\.inv_freq$"
 
 
@@ -549,18 +517,18 @@ def janus_names(name):
 
 
 def permute(weight, *pairs):
-    """Rows of a q or k matrix from Janus' order, where row i turns with row i + head_dim / 2 of its head, to
-    neighbours for `pairs` = 2, head_dim / 2; from neighbours to Janus' for head_dim / 2, 2.
+    """Reorders the rows of a q or k matrix, head by head, for the other layout of rotary pairs.
+
+    `pairs` = 2, head_dim / 2 joins Janus' pairs, rows i and i + head_dim / 2; swapped, it parts them again.
     """
     return weight.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 def load_janus(state_dict, config, pad_id, grid_size):
-    """A policy from Janus' state dict; `config` is its config.json, which may leave sizes out, `pad_id` the
-    tokenizer's.
+    """A policy from Janus' state dict, without the entries that do not serve image generation.
 
-    Raises InputError for another rotary embedding's, else like `load_llamagen`; entries that are not of image
-    generation are left out.
+    `config` is its config.json, which may leave sizes out; `pad_id` is its tokenizer's. Raises InputError for
+    another rotary embedding or q, k, v that are not square; otherwise like `load_llamagen`.
     """
     state_dict = {name: x for name, x in state_dict.items() if not re.match(JANUS_UNUSED, name)}
     text_vocab_size, dim = state_dict["language_model.model.embed_tokens.weight"].shape

@@ -12,13 +12,13 @@ No gradient crosses the discrete tokens; what one module learns reaches the othe
 rewards. This file reads top to bottom: the settings of the paper's table, its equations as pure functions,
 the two stages, one step.
 
-Departures from the authors' scripts, each for a reason given where it is made:
+Departures from the authors' scripts:
 - K (`rank_k`) defaults to G: with their K = 1 every weight is 1, and soft ranking becomes best-of-G.
 - Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
 - The reward reaches the decoder through tensors; through a PIL image it has no gradient.
 
-Axes: B captions, G rollouts a caption, R = B·G, K rollouts kept, N tokens, V codes. Images are (…, 3, H, W)
-in [-1, 1].
+Axes: B captions, G rollouts a caption, R = B·G, K rollouts of a caption kept, N tokens, V codes.
+Real images are (B', 3, H, W), drawn ones (R, 3, H, W), all in [-1, 1].
 """
 
 import copy
@@ -37,9 +37,7 @@ from policy import generate, token_logprobs
 
 @dataclass(frozen=True)
 class Config:
-    """The method's settings. Defaults: the authors' scripts for LlamaGen-XL; but `rank_k`, and `ref_policy`,
-    the paper's.
-    """
+    """Defaults are the authors' for LlamaGen-XL, except `rank_k` (see above) and `ref_policy` (paper's)."""
 
     method: Annotated[Literal["ranke", "rl", "decoder"], "RankE, standard RL (no stage 2), or stage 2 alone"] = "ranke"
     max_steps: Annotated[int, "steps of rollout, stage 1, stage 2, EMA"] = 6000
@@ -88,8 +86,7 @@ class Config:
 def group_advantages(rewards):
     """A_i = (r_i − mean) / std within each caption's group; rewards (B, G), G ≥ 2, to advantages (B, G).
 
-    A group that agrees (std < 1e-4) teaches nothing and gets 0, not its rounding noise blown up; outliers
-    stop at ±5.
+    A group that agrees (std < 1e-4) gets 0: dividing would blow up rounding noise. Outliers stop at ±5.
     """
     std = rewards.std(1, keepdim=True)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / std
@@ -97,19 +94,16 @@ def group_advantages(rewards):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
-    """−mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π_θ / π_old a token; (R, N), (R, N), (R, 1) to a scalar
-    and clip_frac.
-    """
+    """−mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) and clip_frac, with ρ = π_θ / π_old (R, N) and A (R, 1)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     return -torch.min(ratio * advantages, clipped * advantages).mean(), (ratio != clipped).float().mean()
 
 
 def kl_anchor(logprobs, ref_logprobs):
-    """Ω_θ = mean ½ (log π_θ − log π_ref)² over sampled tokens: the "k2" estimator of their KL divergence; (R,
-    N) each.
+    """Ω_θ = mean ½ (log π_θ − log π_ref)² over sampled tokens, the "k2" estimator of their KL divergence.
 
-    Source: Schulman, Approximating KL divergence (2020).
+    Log-probabilities (R, N) to a scalar. Source: Schulman, Approximating KL divergence (2020).
     """
     return 0.5 * (logprobs - ref_logprobs).square().mean()
 
@@ -124,8 +118,7 @@ def tau_at(step, max_steps, tau_start, tau_end):
 
 
 def rank_weights(rewards, tau, k):
-    """w_i ∝ exp(r_i / τ) within each caption's top K, scaled to mean 1; rewards (B, G) to weights and their
-    indices, (B, K) each.
+    """w_i ∝ exp(r_i / τ) over a caption's top K, scaled to mean 1; rewards (B, G) to weights, indices (B, K).
 
     Mean 1 keeps the size of a plain GAN's gradient and shifts it to the preferred samples.
     """
@@ -134,25 +127,19 @@ def rank_weights(rewards, tau, k):
 
 
 def hinge_d_loss(logits_real, logits_fake):
-    """The discriminator's loss: ½ (mean max(0, 1 − disc(x)) + mean max(0, 1 + disc(D(z)))); logits of any
-    shape to a scalar.
-    """
+    """Hinge loss ½ (mean max(0, 1 − disc(x)) + mean max(0, 1 + disc(D(z)))); the logits have any shape."""
     return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
 
 
 def adaptive_weight(recon_loss, gan_loss, last_layer):
-    """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the decoder's last layer, at most 1e4: neither term drowns
-    the other.
-    """
+    """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the last layer, at most 1e4: neither drowns the other."""
     recon_grad = torch.autograd.grad(recon_loss, last_layer, retain_graph=True)[0]
     gan_grad = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
     return (recon_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
 def reconstruction_anchor(images, recon, lpips, discriminator, disc_weight, last_layer):
-    """Ω_φ, first half: L1 + LPIPS + adaptive GAN between real `images` and `recon` = D(E(x)), both (B, 3, H,
-    W); a scalar.
-    """
+    """Ω_φ, first half: L1 + LPIPS + adaptive GAN of real `images` x and `recon` = D(E(x)), (B', 3, H, W)."""
     loss = (images - recon).abs().mean() + lpips(images, recon).mean()
     if disc_weight:
         gan_loss = -discriminator(recon).float().mean()
@@ -171,9 +158,7 @@ def ema_update(ema, model, decay):
 
 
 def random_stream(seed, purpose, *index):
-    """A NumPy generator of its own for every seed, purpose (a word) and index (step, process …): hashed, so
-    none coincide.
-    """
+    """A NumPy generator for a seed, purpose (a word) and index (step, process …), independent by hashing."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
 
 
@@ -188,10 +173,10 @@ def uniform(stream, *shape):
 class Models:
     """The networks of a run and their optimizers.
 
-    `text_encoder`: captions → cond, cond_mask (see policy.py). `judges` has three networks. `scorer`:
-    `encode_text(captions)` → (B, E), and called with images (R, 3, H, W) and text embeddings (R, E) → rewards
-    (R,). `lpips`: two batches of images → (B,). `discriminator`: images → logits (B, 1, h, w). All but the
-    last are frozen.
+    `text_encoder`, frozen: captions → cond, cond_mask (see policy.py). `judges` has three networks:
+    - `scorer`, frozen: `encode_text(captions)` → (B, E); images (R, 3, H, W), text_emb (R, E) → rewards (R,)
+    - `lpips`, frozen: two batches of images → distances (B,)
+    - `discriminator`: images → logits (B, 1, h, w)
     """
 
     def __init__(self, policy, vq, text_encoder, judges, autocast, cfg):
@@ -226,24 +211,19 @@ class Rollouts:
 
 
 def in_batches(function, *tensors, size):
-    """`function` over `size` rows of the tensors at a time, its results concatenated; for passes without a
-    gradient.
-    """
+    """`function` over `size` rows at a time, its results concatenated; for passes without a gradient."""
     return torch.cat([function(*rows) for rows in zip(*(x.split(size) for x in tensors))])
 
 
 def backward(losses, scale, logs, watched={}):
-    """Back-propagates the sum of a micro-batch's losses, `scale` of the whole batch; adds them and what is
-    watched to `logs`.
-    """
+    """Back-propagates a micro-batch's losses times its share `scale`; adds them and `watched` to `logs`."""
     (scale * sum(losses.values())).backward()
     for name, value in (losses | watched).items():
         logs[name] = logs.get(name, 0.0) + scale * value.item()
 
 
 def optimizer_step(optimizer, max_grad_norm):
-    """Averages the gradient over the processes, clips it, steps and forgets it; returns its norm before
-    clipping.
+    """Averages the gradient over processes, clips it, steps, clears it; returns its norm before clipping.
 
     If the norm is not finite, no process makes a step.
     """
@@ -260,9 +240,7 @@ def optimizer_step(optimizer, max_grad_norm):
 
 
 def sample_tokens(policy, cond, cond_mask, u, cfg):
-    """`generate` for `rollout_batch_size` rows at a time: u (B, G, N) to tokens and log-probabilities, (B, G,
-    N) each.
-    """
+    """`generate`, `rollout_batch_size` rows at a time; u, tokens and log-probabilities are (B, G, N) each."""
     size = max(1, cfg.rollout_batch_size // u.shape[1])
     batches = zip(cond.split(size), cond_mask.split(size), u.split(size))
     results = [generate(policy, *batch, cfg.cfg_scale, cfg.temperature, cfg.top_k) for batch in batches]
@@ -271,11 +249,7 @@ def sample_tokens(policy, cond, cond_mask, u, cfg):
 
 @torch.no_grad()
 def rollout(models, captions, u, cfg):
-    """Samples G token sequences for each of B captions, decodes them with the EMA decoder and scores the
-    images.
-
-    u (B, G, N) uniform in [0, 1).
-    """
+    """Samples, decodes (EMA decoder) and scores G images a caption; u (B, G, N) is uniform in [0, 1)."""
     B, G, _ = u.shape
     cond, cond_mask = models.text_encoder(captions)
     with models.autocast:
@@ -303,11 +277,11 @@ def update_policy(models, rollouts, step, cfg):
         with torch.no_grad():
             ref_logprobs = logprobs_of(models.ref_policy, i)
         logprobs = logprobs_of(models.policy, i)  # (rows, N)
-        # Before its step π_θ *is* π_old: no third pass. ρ is 1 and ε never acts, but its gradient is not 0.
+        # Before its step π_θ *is* π_old: no third pass. ρ is 1 and ε never acts, but ρ's gradient is not 0.
         pg_loss, clip_frac = policy_loss(logprobs, logprobs.detach(), advantages[i], cfg.clip_eps)
         kl = kl_anchor(logprobs, ref_logprobs)
         losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
-        # The gap is 0 only where what is scored is what was sampled.
+        # 0 only where what is scored is what was sampled (see `cfg_logprobs`; top-k is never scored).
         gap = (logprobs - rollouts.sampling_logprobs[i]).mean()
         backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac, "logprob_gap": gap})
     norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
@@ -330,9 +304,7 @@ def update_discriminator(models, rollouts, images, cfg):
 
 
 def update_decoder(models, rollouts, images, step, cfg):
-    """Stage 2: moves D_φ on rollouts and real images (B', 3, H, W), and before it the discriminator. Returns
-    what to log.
-    """
+    """Stage 2: trains the discriminator, then D_φ; `images` are real, (B', 3, H, W). Returns what to log."""
     disc_logs, logs = update_discriminator(models, rollouts, images, cfg) if cfg.disc_weight else {}, {}
     rewards = group_advantages(rollouts.rewards) if cfg.rank_zscore else rollouts.rewards
     B, G = rewards.shape
@@ -369,10 +341,9 @@ def update_decoder(models, rollouts, images, step, cfg):
 
 
 def train_step(models, captions, images, u, step, cfg):
-    """One step of RankE on B captions, real images (B', 3, H, W) (unused by standard RL) and the rollouts' u
-    (B, G, N).
+    """One step of RankE on B captions and real images (B', 3, H, W), which standard RL does not use.
 
-    Returns what to log.
+    u (B, G, N), uniform in [0, 1), decides the rollouts. Returns what to log.
     """
     rollouts = rollout(models, captions, u, cfg)
     logs = {"reward": rollouts.rewards.mean().item(), "reward_std": rollouts.rewards.std(1).mean().item()}

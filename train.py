@@ -57,9 +57,7 @@ LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """A run's settings: the method's and these. A default with a slash is a public file (`vq.download`); a
-    path overrides it.
-    """
+    """The method's settings and a run's. Networks are public files by default (`vq.download`), else paths."""
 
     out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
     seed: Annotated[int, "seed of everything that is drawn"] = 0
@@ -93,15 +91,15 @@ SCENES = f"""
 --policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
 --disc-lr 1e-3 --disc-start 0 --lambda-d 0.05 --decoder-ema 0.9
 """
-# The authors' for Janus-Pro-1B, where they differ from LlamaGen-XL's. Two accumulated batches of 2 captions
-# are our 4.
+# The authors' settings for Janus-Pro-1B, where they differ from LlamaGen-XL's.
+# They accumulate two batches of 2 captions, which is our batch of 4.
 JANUS = "--out runs/janus --image-size 384 --cfg-scale 5 --top-k 0 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5"
-# Open_clip's name of a scorer, and where its weights are published.
+# The scorer's name in open_clip, and where its weights are published.
 REWARDS = {
     "clip": ("ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors"),
     "hpsv2": ("ViT-H-14", "xswu/HPSv2/HPS_v2.1_compressed.pt"),
 }
-# Options that take no 0, since something is counted or divided by them.
+# Options that cannot be 0, since something is counted or divided by them.
 POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
 image_size per_prompt eval_samples save_every"""
 
@@ -131,8 +129,9 @@ def option_parser():
 
 
 def parse_config(argv):
-    """The command line to a `TrainConfig`. Options left out have the paper's values; without --ckpt the
-    scenes'.
+    """A command line's `TrainConfig`. Defaults are the authors', or the scenes' without --ckpt and --data.
+
+    With --resume they are the saved run's. Raises InputError for values that cannot be meant.
     """
     parser = option_parser()
     given = vars(parser.parse_args(argv))
@@ -165,8 +164,7 @@ def parse_config(argv):
 
 
 def resolve_files(cfg):
-    """`cfg` with a local path for each public file that the run needs: as named, or fetched once by the
-    library that knows it.
+    """`cfg` with local paths for all files that the run needs; public ones are fetched once (`vq.download`).
 
     Raises InputError that lists all that is missing.
     """
@@ -195,8 +193,7 @@ def resolve_files(cfg):
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-# A place is (path, offset, size): a file (offset 0, size -1), or a member of a tar, read where it lies, never
-# unpacked.
+# A place is (path, offset, size): a file (offset 0, size -1), or a member of a tar, which is not unpacked.
 
 
 def read_place(place):
@@ -207,9 +204,7 @@ def read_place(place):
 
 
 def coco_pairs(file):
-    """Pairs of COCO's captions .json; its images lie beside it or, as COCO has them, in X/ for
-    annotations/captions_X.json.
-    """
+    """(place, caption) pairs of COCO's captions_X.json; images are in ../X or, without that, beside it."""
     with reading(file, "a captions .json of COCO's"):
         content = json.loads(file.read_text("utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -220,9 +215,7 @@ def coco_pairs(file):
 
 
 def list_pairs(source):
-    """(place of the image, caption) of all that --data holds; names what has no caption. Raises InputError
-    for none.
-    """
+    """(place, caption) of each image in --data; names those without a caption. Raises InputError for none."""
     places, pairs = {}, coco_pairs(source) if source.suffix == ".json" else []
     for path in list_files(source) if source.is_dir() else [source]:
         places[str(path)] = (path, 0, -1)
@@ -243,9 +236,7 @@ def list_pairs(source):
 
 
 class CaptionedImages(Dataset):
-    """Captions with images (size, size, 3), uint8. What cannot be read is named, and its place goes to the
-    next pair.
-    """
+    """Captions and uint8 images (size, size, 3); what cannot be read is named, and the next pair taken."""
 
     def __init__(self, pairs, size):
         self.pairs, self.size = pairs, size
@@ -266,9 +257,7 @@ class CaptionedImages(Dataset):
 
 
 def batch_indices(n, size, seed, steps, rank, world_size):
-    """The indices of each step's batch of n pairs: epoch after epoch, each in an order of its own, no process
-    another's.
-    """
+    """Indices (steps, size) into n pairs: each epoch in an order of its own, divided among the processes."""
     total = steps.stop * world_size * size
     epochs = [random_stream(seed, "epoch", epoch).permutation(n) for epoch in range(math.ceil(total / n))]
     return np.concatenate(epochs)[:total].reshape(-1, world_size, size)[steps.start :, rank].tolist()
@@ -280,9 +269,7 @@ def to_pixels(arrays):
 
 
 def data_batches(dataset, cfg, start, rank, world_size):
-    """Yields (captions, images (B', 3, H, W) in [-1, 1]) for each step; standard RL needs, and gets, no
-    images.
-    """
+    """Yields captions and images (B', 3, H, W) in [-1, 1] for each step; no images for standard RL."""
     size, steps = max(cfg.batch_size, cfg.real_batch_size), range(start, cfg.max_steps)
     batches = batch_indices(len(dataset), size, cfg.seed, steps, rank, world_size)
     if cfg.method == "rl":
@@ -299,9 +286,7 @@ def data_batches(dataset, cfg, start, rank, world_size):
 
 
 def load_pretrained(cfg):
-    """Policy, tokenizer and text encoder, on the device. Raises InputError, also where they do not fit each
-    other.
-    """
+    """Policy, tokenizer and text encoder, on the device. Raises InputError, also where two do not fit."""
     janus, scenes = is_janus(cfg.ckpt), cfg.data == "scenes"
     vq = load(cfg.ckpt if janus else cfg.vq, load_vq, world.NORM_GROUPS if scenes else 32)
     grid_size, rest = divmod(cfg.image_size, 2 ** (len(vq.config.ch_mult) - 1))
@@ -320,12 +305,12 @@ def load_pretrained(cfg):
             text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
     codes, codebook = policy.config.vocab_size, vq.config.codebook_size
     expect(codes == codebook, f"--ckpt {cfg.ckpt} has {codes} codes and --vq {cfg.vq} {codebook}; give a pair")
-    # channels_last: what convolutions are fastest in.
+    # channels_last: the layout in which convolutions are fastest.
     return policy.to(cfg.device), vq.to(cfg.device, memory_format=torch.channels_last), text_encoder
 
 
 class Judges:
-    """The public networks that judge a run, and a discriminator that knows nothing yet; see `rankee.Models`."""
+    """The public networks that judge a run, and an untrained discriminator; see `rankee.Models`."""
 
     def __init__(self, cfg):
         self.scorer, self.lpips = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device), None
@@ -346,7 +331,7 @@ def save_checkpoint(out, models, cfg, step, rows, world_size):
 
 
 def load_checkpoint(state, models, world_size):
-    """Fills `models` with what `save_checkpoint` kept, and takes it off `state`: a mapped file stays on the disk."""
+    """Fills `models` with what `save_checkpoint` kept, and frees it: `train` holds `state` to the end."""
     if state["world_size"] != world_size:
         print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
     for name in STATE:
@@ -357,9 +342,7 @@ def load_checkpoint(state, models, world_size):
 
 
 def export(out, models, cfg):
-    """Policy, its EMA, and the tokenizer with its decoder's EMA for other programs, in the layout they came
-    in.
-    """
+    """Saves policy, its EMA and tokenizer (EMA decoder) for other programs, in the layout they came in."""
     state_dicts = {}
     for name, network in {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}.items():
         state_dicts[name] = {key: x.cpu() for key, x in network.state_dict().items()}
@@ -371,7 +354,7 @@ def export(out, models, cfg):
     for name, state_dict in state_dicts.items():
         ours = janus_state_dict(state_dict, models.policy.config.head_dim)
         ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
-        # What did not change stays as it is there, in its own precision.
+        # Weights that did not change are saved as they were, in their own precision.
         changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
         make_folder(out / name)
         atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
@@ -394,9 +377,7 @@ def make_autocast(cfg):
 
 @torch.no_grad()
 def sample_images(policy, decoders, text_encoder, captions, u, cfg):
-    """Tokens (n, N) drawn for n captions as rollouts are, u (n, N), and what each decoder makes of them (n,
-    3, H, W).
-    """
+    """Tokens (n, N) of n captions, drawn from u (n, N) like rollouts; each decoder's images (n, 3, H, W)."""
     cond, cond_mask = text_encoder(captions)
     with make_autocast(cfg):
         tokens = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)[0][:, 0]
@@ -409,16 +390,14 @@ def to_pil(image):
 
 
 def save_preview(path, columns, captions):
-    """A row a caption, a column a label; columns: label -> images (n, 3, H, W) in [-1, 1]. Small ones are
-    enlarged unsmoothed.
-    """
+    """Saves images as a grid, a row a caption; columns: label -> images (n, 3, H, W) in [-1, 1]."""
     font, margin, head, cell = ImageFont.load_default(13), 190, 24, max(128, next(iter(columns.values())).shape[-1])
     sheet = Image.new("RGB", (margin + len(columns) * (cell + 4), head + len(captions) * (cell + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (label, images) in enumerate(columns.items()):
         draw.text((margin + x * (cell + 4), 4), label, "black", font)
         for y, (image, caption) in enumerate(zip(images, captions)):
-            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)  # small images unsmoothed
             sheet.paste(tile, (margin + x * (cell + 4), head + y * (cell + 4)))
             draw.text((6, head + y * (cell + 4) + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
     atomic_save(path, lambda file: sheet.save(file, "PNG"))
@@ -440,11 +419,10 @@ def read_prompts(sample, num_images):
 
 
 def sample(cfg):
-    """Draws --sample in GenEval's layout: OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png and its
-    tokens, 0000.npy.
+    """Draws the captions of --sample in GenEval's layout; what is there already is not drawn again.
 
-    What is there already is not drawn again. An image depends on files, settings and its caption's place
-    alone.
+    A caption is in OUT/00000/metadata.jsonl, an image in OUT/00000/samples/0000.png, its tokens in 0000.npy.
+    An image depends only on the files, the settings, and which caption and which of its images it is.
     """
     prompts, todo = read_prompts(cfg.sample, cfg.num_images), []
     expect("RANK" not in os.environ, "--sample runs as one process; start it without torchrun")
@@ -484,7 +462,7 @@ def init_distributed(device):
 
 
 def catch_signals(worker=None):
-    """Signals received from here on: Ctrl-C and SIGTERM wait for the step's end; a second Ctrl-C kills.
+    """The list to which Ctrl-C and SIGTERM are added from here on, for the step's end; a second Ctrl-C kills.
 
     They reach the whole process group, and so the loader's workers, which must outlive the step.
     """

@@ -1,19 +1,17 @@
-"""The tokenizer: a VQ-GAN's encoder, codebook and decoder D_φ, with the two networks that train it, PatchGAN
-and LPIPS.
+"""The tokenizer, a VQ-GAN: encoder, codebook and decoder D_φ; and what trains it, PatchGAN and LPIPS.
 
-The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16, entry for entry, so `vq_ds16_t2i.pt`
-loads strictly:
+The VQ-GAN (Esser et al. 2021, arXiv 2012.09841) is LlamaGen's VQ-16 entry for entry: its file loads strictly.
 
     file                 ch  ch_mult      factor  codebook   parameters
     scenes/vq.pt         32  1,1,2,2           8   1024 × 8       1.2 M
     vq_ds16_t2i.pt      128  1,1,2,2,4        16  16384 × 8        72 M
 
-Codebook and latents are l2-normalized on both sides, so the nearest code is the one of largest cosine.
+Codebook and latents are l2-normalized, so the nearest code is the one of largest cosine.
 Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so an image's logits depend neither on
 the images beside it nor on train() and eval(), and several processes need not share statistics.
 
-Axes: B images, N = h·w codes, D code dimensions. Pixels are in [-1, 1]. Checkpoint files are read here too
-(last section).
+Axes: B images of N = h·w codes, V codes of D dimensions in the codebook. Pixels are in [-1, 1].
+The last section reads and writes checkpoint files.
 """
 
 import argparse
@@ -35,9 +33,7 @@ from torchvision.transforms import Normalize
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ-GAN. Each level after the first halves the resolution: a code stands for 2^(levels − 1)
-    pixels a side.
-    """
+    """Sizes of a VQ-GAN. Levels after the first halve the resolution: a code is 2^(levels − 1) px wide."""
 
     ch: int = 128
     ch_mult: tuple = (1, 1, 2, 2, 4)
@@ -169,7 +165,7 @@ class Codebook(nn.Module):
 
     def nearest(self, latents):
         """Codes (B, N) of latents (B, D, h, w)."""
-        with torch.autocast(latents.device.type, enabled=False):  # it would take the products back to bf16
+        with torch.autocast(latents.device.type, enabled=False):  # autocast would make the products bf16
             return torch.einsum("bdhw,vd->bhwv", latents.float(), self.vectors()).argmax(-1).flatten(1)
 
 
@@ -197,9 +193,7 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.encode_latents(images))
 
     def decode_latents(self, latents):
-        """Unit latents (B, D, h, w) to images (B, 3, H, W), about [-1, 1]; not clamped, which would cut
-        gradients.
-        """
+        """Unit latents (B, D, h, w) to images (B, 3, H, W), about [-1, 1]: not clamped, to keep gradients."""
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, codes):
@@ -209,18 +203,14 @@ class VQModel(nn.Module):
         return self.decode_latents(z)
 
     def decoder_parameters(self):
-        """What stage 2 trains: D and the post-quantization convolution. Encoder and codebook define the
-        tokens and stay.
-        """
+        """Stage 2 trains D and the post-quantization convolution; the rest defines the tokens and stays."""
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
 
 def load_vq(state_dict, norm_groups=32):
-    """A VQ-GAN from LlamaGen's layout, or from Janus-Pro's, which has it under `gen_vision_model.`; sizes
-    from the shapes.
+    """A VQ-GAN from LlamaGen's state dict, or Janus-Pro's under `gen_vision_model.`; sizes from the shapes.
 
-    Raises KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus or
-    misshapen ones.
+    Raises KeyError for a missing entry, or PyTorch's RuntimeError naming those missing, surplus or misshapen.
     """
     prefix = "gen_vision_model."
     if any(name.startswith(prefix) for name in state_dict):
@@ -241,8 +231,7 @@ def load_vq(state_dict, norm_groups=32):
 def patch_discriminator(ndf=64, n_layers=3, kernel=4):
     """PatchGAN (Isola et al. 2017, arXiv 1611.07004): images (B, 3, H, W) to a logit a patch (B, 1, h, w).
 
-    With kernel 4 a patch of `n_layers` = 3 has 70 pixels a side (VQ-GAN's size), with kernel 3 and 1 layer
-    11.
+    A patch has 70 pixels a side with kernel 4 and 3 layers (VQ-GAN's size), 11 with kernel 3 and 1 layer.
     """
     widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
     layers = [nn.Conv2d(3, ndf, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -256,8 +245,7 @@ def patch_discriminator(ndf=64, n_layers=3, kernel=4):
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924).
 
-    `slices` follow each other, images to feature maps; `weights` holds a non-negative number a channel for
-    each slice.
+    `slices` follow each other, images to feature maps; `weights`: a non-negative number a channel for each.
     """
 
     def __init__(self, slices, weights):
@@ -277,13 +265,10 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(vgg_state_dict, linear_state_dict):
-    """LPIPS from torchvision's VGG16 and the five linear layers (`vgg.pth` of the lpips package). Raises like
-    `load_vq`.
-    """
+    """LPIPS from torchvision's VGG16 and the 5 linear layers in lpips' `vgg.pth`. Raises like `load_vq`."""
     features = {n.removeprefix("features."): x for n, x in vgg_state_dict.items() if n.startswith("features.")}
     layers = build(lambda: vgg16(weights=None).features[:30], features)
-    # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1]; a slice ends with the last ReLU
-    # before a pooling.
+    # ImageNet's mean and deviation, for pixels in [-1, 1]; a slice ends with the last ReLU before a pooling.
     normalize = Normalize([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
     slices = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
     return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().flatten() for i in range(5)])
@@ -293,9 +278,7 @@ def load_lpips(vgg_state_dict, linear_state_dict):
 
 
 class InputError(Exception):
-    """What the user gave (an option, a file, data) cannot be used. One line: the thing, what was expected,
-    what to do.
-    """
+    """What the user gave cannot be used. One line: option, file or data, what was expected, what to do."""
 
 
 def expect(condition, message):
@@ -306,14 +289,15 @@ def expect(condition, message):
 
 @contextlib.contextmanager
 def reading(path, expected, errors=Exception, done="read"):
-    """An InputError of what is raised inside: a *library* meets damage with any of a dozen types. Nothing of
-    ours is inside.
+    """Turns what is raised inside into InputError: for damage a library raises any of a dozen types.
+
+    Code of ours stays outside, or `errors` is narrow: a bug of ours keeps its traceback.
     """
     try:
         yield
     except errors as error:
         reason = f"{error!r:.300}"
-        # Of these a library says anything, and PyTorch to switch its protection off.
+        # The library's own message misleads: PyTorch's advises to switch its protection off.
         for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if done == "read" else []):
             reason = f"{file.name} is text: a Git-LFS pointer or a web page"
         raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
@@ -327,9 +311,7 @@ def is_pointer_or_page(path):
 
 
 def read_checkpoint(path):
-    """What torch.save or safetensors wrote, mapped and not copied. Raises InputError, also for a pickle that
-    would run code.
-    """
+    """What torch.save or safetensors wrote, memory-mapped. Raises InputError, also for a pickle with code."""
     with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -338,10 +320,9 @@ def read_checkpoint(path):
 
 
 def load_state_dict(path):
-    """Tensors by name out of a checkpoint's file or folder: bare or under model, module or state_dict,
-    wrappers' prefixes off.
+    """Tensors by name, from a checkpoint's file or folder: bare, or under model, module or state_dict.
 
-    A folder's files are parts of one whole: one that lacks is missed by its entries' names.
+    Wrappers' prefixes are cut off. A folder's files are parts of one: a lost part shows as missing entries.
     """
     state_dict, folder = {}, Path(path)
     for part in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")) or [path]:
@@ -357,9 +338,7 @@ def load_state_dict(path):
 
 
 def load(path, loader, *args):
-    """loader(state dict of the file, *args); entries that are missing, surplus or misshapen are said in one
-    line.
-    """
+    """loader(the file's state dict, *args); one-line InputError for missing, surplus or misshapen entries."""
     state_dict = load_state_dict(path)
     with reading(path, f"what {loader.__name__} reads", (InputError, KeyError, RuntimeError, TypeError, ValueError)):
         return loader(state_dict, *args)
@@ -371,9 +350,7 @@ def count_layers(state_dict, prefix):
 
 
 def build(make_module, state_dict):
-    """The module that make_module() builds, here without memory, with these weights in float32; every entry
-    must fit.
-    """
+    """make_module(), built without memory and given these weights in float32; every entry must fit."""
     with torch.device("meta"):
         module = make_module()
     module.load_state_dict(state_dict, assign=True)
@@ -391,7 +368,7 @@ def download(source):
         if name:
             return hf_hub_download(f"{owner}/{repo}", "/".join(name))
         folder = snapshot_download(source, allow_patterns=["*.json", "*.model", "*.safetensors"])
-        if not list(Path(folder).glob("*.safetensors")):  # the same weights again, where both are there
+        if not list(Path(folder).glob("*.safetensors")):  # where both are there, they hold the same weights
             snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
         return folder
     url, sha256 = source.split("#")
@@ -403,8 +380,7 @@ def download(source):
 
 
 def atomic_save(path, write):
-    """write(file), a binary file beside `path`, then a rename: a reader, or a kill, finds the old file or the
-    new one whole.
+    """write(binary file) beside `path`, then a rename: a reader or a kill finds the old or the new one whole.
 
     Raises InputError where it cannot be written; what was there before is untouched.
     """

@@ -4,10 +4,10 @@
     python -m experiments.bench --step                     whole training steps, part by part, on a GPU
     python -m experiments.bench --step -- --rank-k 4       what follows -- are options of train.py
 
-Sampling is shown beside what the machine reads in the same run (a matrix-vector product over as many bytes as
-the weights have): a decoding step reads all weights and the cache (GB/s are of these two), so with few rows it
-takes at least the time of that. Captions have their full length. On a CPU images have 64 tokens, and the peak
-of memory is the whole process'.
+Sampling is shown beside the machine's reading speed, measured in the same run by a matrix-vector product over
+as many bytes as the weights have: a decoding step reads all weights and the KV cache (GB/s counts both), and
+with few rows cannot be faster than that. Captions have their full length. On a CPU images have 64 tokens, and
+the peak of memory is that of the whole process.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def measure(function, device, times=1):
 
 
 def measure_reading(device, dtype, width, n):
-    """What this machine reads at present, bytes/s; n numbers in rows of `width`."""
+    """The machine's reading speed in bytes/s, measured on n numbers in rows of `width`."""
     matrix = torch.randn(n // width, width, device=device, dtype=dtype)
     for _ in range(2):  # the first loads kernels
         bandwidth = n * dtype.itemsize / measure(lambda: matrix @ matrix[0], device, times=3)[0]

@@ -50,7 +50,7 @@ ABLATIONS = {
 
 
 def left_to_do(cfg, options):
-    """The options that complete a run of train.py, None if it is complete. Other settings are an InputError."""
+    """Options that complete a run of train.py, None if it is done. Raises InputError for other settings."""
     checkpoint = Path(cfg.out, "ckpt.pt")
     if not checkpoint.exists():  # not begun, or stopped before its first save
         return options
@@ -64,8 +64,7 @@ def left_to_do(cfg, options):
 def run_all(commands, processes):
     """Runs `commands`, log file -> Python's arguments, `processes` at a time; where one fails, all end.
 
-    However this ends, also by a signal, no child is left: what goes on is told to stop, and saves after its
-    step.
+    However this ends, also by a signal, no child is left: each is told to stop and saves after its step.
     """
     waiting, running = list(commands), {}
     # A session of its own for each: Ctrl-C in the terminal reaches it through this process alone, once.

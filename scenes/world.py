@@ -36,12 +36,11 @@ from vq import LPIPS, VQConfig, VQModel, atomic_save, expect, patch_discriminato
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32
-# Of the tokenizer. 32 channels in 32 groups are an instance norm: what an image's brightness is can then only
-# be told by one loud pixel that sets the scale of all others, and that pixel is seen as a speck (StyleGAN's
-# droplet).
+# The tokenizer's. 32 channels in 32 groups would be an instance norm, through which brightness passes only as
+# one loud pixel that sets the scale of all others; that pixel is seen as a speck (StyleGAN's droplet artifact).
 NORM_GROUPS = 8
 TOKENIZER = VQConfig(32, (1, 1, 2, 2), 1, 64, 1024, 8, NORM_GROUPS)  # factor 8: 16 codes of 10 bits a scene
-# Heads of 16; LlamaGen's 64 would leave it one and a half.
+# Heads of 16: LlamaGen's 64 do not divide a width of 96.
 POLICY = GPTConfig(96, 3, 16, 256, TOKENIZER.codebook_size, cls_token_num=8, caption_dim=64, grid_size=4)
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -78,9 +77,7 @@ def caption(attributes):
 
 
 def tokenize(captions):
-    """Word indices (B, 10) for the reward. <end> has the highest index, where CLIP's text tower reads its
-    result.
-    """
+    """Word indices (B, 10) for the reward; CLIP's text tower reads its result at the highest, <end>."""
     return torch.tensor([[VOCABULARY.index(word) for word in f"<start> {text} <end>".split()] for text in captions])
 
 
@@ -113,9 +110,7 @@ COLOURS, BACKGROUNDS = (torch.tensor([int(x) for x in text.split()]).view(-1, 3)
 
 
 def signed_distances(p, r):
-    """Distances (n, 5, H, W) from points p (n, 2, H, W) to the five shapes of radius r (n, 1, 1); inside is
-    negative.
-    """
+    """Distances (n, 5, H, W), negative inside, of points p (n, 2, H, W) to shapes of radius r (n, 1, 1)."""
     x, y = p.unbind(1)
     length = p.square().sum(1).sqrt()
     square = torch.maximum(x.abs(), y.abs()) - 0.85 * r
@@ -171,9 +166,7 @@ def random_scenes(n, rng):
 
 
 def batches(batch_size, seed, start, rank, world_size):
-    """Yields (captions, images (B, 3, 32, 32)) without end; those of a step are a function of its number
-    alone.
-    """
+    """Yields captions and images (B, 3, 32, 32) without end, a function of seed, step and process alone."""
     for step in itertools.count(start):
         attributes, _, images = random_scenes(batch_size, random_stream(seed, "scenes", step, rank))
         yield [caption(row) for row in attributes], images
@@ -183,10 +176,10 @@ def batches(batch_size, seed, start, rank, world_size):
 
 
 class SceneNet(nn.Module):
-    """Reads a scene: its attributes, and what no caption tells.
+    """Reads a scene: its attributes, and its nuisance, which no caption tells.
 
-    Its `slices` are the world's VGG, its `features` the world's Inception: as that sees texture too, this one
-    is to see what a decoder does to light and phase, and not only whether it is a circle.
+    Its `layers` stand in for VGG16, its `features` for Inception. As Inception sees texture too, these are
+    trained on the nuisance: they see what a decoder does to light and phase, and not only the shape.
     """
 
     def __init__(self):
@@ -198,9 +191,7 @@ class SceneNet(nn.Module):
         self.heads = nn.Linear(96, sum(COUNTS) + sum(NUISANCE.values()))
 
     def features(self, images):
-        """Images (B, 3, 32, 32) to what all is read from, (B, 96), and the middle layer's channel means, (B,
-        48).
-        """
+        """Images (B, 3, 32, 32) to the last features (B, 96) and the middle layer's channel means (B, 48)."""
         middle = self.layers[:3](images)
         return F.silu(self.neck(self.layers[3:](middle).flatten(1))), middle.mean((2, 3))
 
@@ -220,11 +211,10 @@ class SceneNet(nn.Module):
 
 
 def small_clip():
-    """open_clip's CLIP at the world's size, with two helps without which it learns neither position nor shape
-    in minutes.
+    """open_clip's CLIP at the world's size, with two changes so that it learns position and shape in minutes.
 
-    Convolutions before the patches (Xiao et al. 2021, arXiv 2106.14881), and a start of the position
-    embedding at sines of the row and column.
+    Convolutions come before the patches (Xiao et al. 2021, arXiv 2106.14881), and the position embedding
+    starts at sines and cosines of row and column.
     """
     vision = CLIPVisionCfg(layers=3, width=64, head_width=16, patch_size=4, image_size=RESOLUTION)
     text = CLIPTextCfg(context_length=10, vocab_size=len(VOCABULARY), width=64, heads=4, layers=2)
@@ -241,7 +231,7 @@ def small_clip():
 
 
 def small_discriminator():
-    """Patches of 11 pixels; one that sees a whole scene never rests, and moves the decoder (experiments/README.md)."""
+    """Patches of 11 pixels: one that sees a whole scene keeps moving the decoder (experiments/README.md)."""
     return patch_discriminator(32, n_layers=1, kernel=3)
 
 
@@ -264,6 +254,7 @@ class Judges:
         self.discriminator = networks["discriminator"]
 
 
+# CLIP × 100; Fréchet distance on the last layer; × 1000 on the middle one; share of attributes right; nats; bits.
 NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
 
 
@@ -284,9 +275,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, tokens, images):
-        """CLIP × 100, Fréchet distances of the last layer and × 1000 of the middle one, attribute accuracy and
-        token statistics of tokens (n, N) and images (n, 3, 32, 32) drawn for `captions`.
-        """
+        """The `NUMBERS` of tokens (n, N) and images (n, 3, 32, 32) that were drawn for `captions`."""
         images, histogram = images.clamp(-1, 1), token_histogram(tokens.cpu(), self.codebook_size)
         guesses = torch.stack([x.argmax(1).cpu() for x in self.judges.feature_net.read(images)[0]], 1)  # (n, 7)
         frechet, middle = (frechet_distance(*a, *b) for a, b in zip(self.statistics(images), self.real_statistics))
@@ -301,7 +290,7 @@ class Evaluation:
 
 def fit(name, parameters, steps, lr, loss_at):
     """AdamW with a warm-up and a half cosine to 0 on `loss_at(step)`; prints a line every 100 steps."""
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)  # β₁: OneCycleLR's
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.01)
     for step in range(steps):
         loss = loss_at(step)
@@ -356,9 +345,10 @@ def init_codebook_kmeans(vq, rng):
 
 
 def train_vq(net, steps, seed):
-    """The tokenizer without a discriminator: 500 steps without quantization, then with a codebook from
-    k-means, begun anew twice. From step 1,000 what the perceptual net reads in a reconstruction counts too: a
-    texture is a small part of an L1.
+    """The tokenizer, without a discriminator: 500 steps without quantization, then with a k-means codebook.
+
+    The codebook is begun anew at steps 1,000 and 1,500. From step 1,000 the loss of the perceptual net on a
+    reconstruction counts too, since textures weigh little in L1.
     """
     torch.manual_seed(seed)
     vq, lpips, rng = VQModel(TOKENIZER), net.lpips(), random_stream(seed, "tokenizer")
@@ -400,9 +390,9 @@ def finetune_decoder_gan(vq, lpips, steps, seed):
 
 
 def train_policy(vq, steps, seed):
-    """Next-token prediction. 30% of the captions' words are wrong and 10% of the captions are dropped (for
-    guidance): a base that follows its captions loosely, as public ones do, has something to learn from a
-    reward.
+    """Next-token prediction with 30% of the words random and 10% of the captions dropped (for guidance).
+
+    A base that follows its captions loosely, as public ones do, has something to learn from a reward.
     """
     torch.manual_seed(seed)
     policy, rng = Policy(POLICY), random_stream(seed, "policy")
