@@ -16,6 +16,7 @@ EXIF orientation is ignored, as by the published tools. Transparency goes over w
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -191,19 +192,30 @@ def list_images(folder):
     return images, f"{len(images)} images of {folder} ({len(files) - len(images)} other files left out)"
 
 
-def load_image(file, upright=False):
-    """An image's file, or a file object, as RGB with 8 bits; `upright` turns it as its EXIF orientation says.
+def read_bytes(path, offset=0, size=-1):
+    """The bytes of a file, or of `size` bytes in it, as a member of a tar is."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def load_image(path, offset=0, size=-1, upright=False):
+    """An image, where `read_bytes` finds it, as RGB with 8 bits; `upright` obeys its EXIF orientation.
 
     Grey of 16 bits is scaled, transparency goes over white, other modes are PIL's conversion. Raises
     ValueError where the range is unknown (float, 32 bits in use), and whatever PIL raises for a damaged file.
     """
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(read_bytes(path, offset, size))) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() < 2**16):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of 32 bits (mode {image.mode}), whose range is not known; save it with 8 or 16")
+        if image.mode[0] in "IF":  # I;16 and its byte orders, I, F
+            grey = np.asarray(image)
+            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 2**16:
+                raise ValueError(
+                    f"pixels of 32 bits (mode {image.mode}), whose range is not known; save it with 8 or 16"
+                )
+            grey = np.where(grey == image.info.get("transparency"), 2**16 - 1, grey)
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -214,12 +226,12 @@ def center_crop(image, size):
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def try_image(path):
-    """The image, or None and a line on stderr where it cannot be read."""
+def try_image(path, offset=0, size=-1, upright=False):
+    """`load_image`, or None and a line on stderr where it cannot be read."""
     try:
-        return load_image(path)
+        return load_image(path, offset, size, upright)
     except Exception as error:  # a decoder may raise anything for a damaged file
-        print(f"left out {path}: {error!r:.200}", file=sys.stderr)
+        print(f"left out {path}, byte {offset}: {error!r:.200}", file=sys.stderr)
 
 
 def load_batch(paths, transform):
@@ -269,17 +281,17 @@ def compute_statistics(images, line, network, args):
     return mu, sigma, f"{line}, {n} read, {args.preprocess} preprocessing, --image-size {args.image_size}"
 
 
-def read_prompt(image):
+def read_prompt(image, prefix):
     """The caption of an image in GenEval's layout: DIR/00000/metadata.jsonl of DIR/00000/samples/0000.png."""
     file = image.parent.parent / "metadata.jsonl"
     with reading(file, 'the caption of the images beside it, {"prompt": "..."}, as --sample writes'):
-        return json.loads(file.read_text("utf-8-sig"))["prompt"]
+        return prefix + json.loads(file.read_text("utf-8-sig"))["prompt"]
 
 
 def compute_clip(folder, args):
     """Prints the mean CLIP score of the images that `train.py --sample` drew."""
     images, line = list_images(folder)
-    prompts = {image: args.prefix + read_prompt(image) for image in images}
+    prompts = {image: read_prompt(image, args.prefix) for image in images}
     score, scores = open_clip_score(args.model, args.pretrained).to(DEVICE), []
     # CLIP's own: the shorter side to the network's size by PIL's bicubic, then the middle.
     transform = open_clip.image_transform(score.model.visual.image_size, is_train=False, mean=[0.5] * 3, std=[0.5] * 3)
@@ -340,7 +352,7 @@ def run(command, a, b, args):
         print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
         print(f"tokens of {a} from those of {b}; one count added to each of {size} codes")
     else:
-        writable = b.endswith(".npz") and os.access(Path(b).absolute().parent, os.W_OK)
+        writable = b.endswith(".npz") and os.access(f"{Path(b).absolute().parent}/", os.W_OK)
         expect(command == "fid" or writable, f"{b}: expected a name that ends in .npz, in a folder that can be written")
         paths = [a, b] if command == "fid" else [a]
         sides = [load_statistics(path) if path.endswith(".npz") else list_images(path) for path in paths]

@@ -460,13 +460,11 @@ class JanusTokenizer:
             words = ("<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
             self.bos_id, self.pad_id, self.image_id = (self.tokenizer.get_vocab()[word] for word in words)
 
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def __call__(self, captions):
-        rows, end = [], [*self.encode("\n\n<|Assistant|>:"), self.image_id]
+        rows, end = [], [*self.tokenizer.encode("\n\n<|Assistant|>:", add_special_tokens=False), self.image_id]
         for caption in captions:
-            prompt = self.encode(f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>")
+            text = f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>"
+            prompt = self.tokenizer.encode(text, add_special_tokens=False)
             if len(prompt) >= self.MAX_LENGTH:  # a caption's tail is cut, not what follows it
                 prompt = [*prompt[: self.MAX_LENGTH - 1 - len(end)], *end]
             rows.append(torch.tensor([self.bos_id, *prompt], device=self.device))

@@ -135,7 +135,7 @@ def adaptive_weight(recon_loss, gan_loss, last_layer):
     """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the last layer, at most 1e4: neither drowns the other."""
     recon_grad = torch.autograd.grad(recon_loss, last_layer, retain_graph=True)[0]
     gan_grad = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
-    return (recon_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(max=1e4).detach()
+    return (recon_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(max=1e4)
 
 
 def reconstruction_anchor(images, recon, lpips, discriminator, disc_weight, last_layer):

@@ -21,7 +21,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import os
@@ -41,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metrics import IMAGE_SUFFIXES, center_crop, list_files, load_image, open_clip_score
+from metrics import IMAGE_SUFFIXES, center_crop, list_files, open_clip_score, read_bytes, try_image
 from policy import JanusTokenizer, T5Encoder, janus_state_dict, load_janus, load_llamagen
 from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
 from scenes import world
@@ -135,6 +134,11 @@ def parse_config(argv):
     """
     parser = option_parser()
     given = vars(parser.parse_args(argv))
+    if given.get("ckpt") and Path(given["ckpt"]).exists():  # perhaps a run's, whose tokenizer was trained with it
+        run = Path(given["ckpt"])
+        policy = next((path for path in (run / "policy.pt", run / "policy") if path.exists()), run)
+        own = {"vq": str(policy.parent / "vq.pt")} if (policy.parent / "vq.pt").exists() else {}
+        given = own | given | {"ckpt": str(policy)}
     scenes = given.get("data", "" if "ckpt" in given else "scenes") == "scenes"
     preset = SCENES if scenes else JANUS if is_janus(given.get("ckpt", TrainConfig.ckpt)) else ""
     settings = vars(parser.parse_args(preset.split()))
@@ -143,23 +147,19 @@ def parse_config(argv):
         settings |= {"ckpt": str(base / "policy.pt"), "vq": str(base / "vq.pt")}
     if given.get("resume"):
         file = Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt")
-        settings = read_checkpoint(file)["config"]
+        settings = read_checkpoint(file).get("config", {})
         same_version = settings.keys() == vars(TrainConfig()).keys()
-        expect(same_version, f"{file}: a run of another version; go on with that one, or begin anew")
+        expect(same_version, f"{file}: not a run, or one of another version; go on with that one, or begin anew")
         changed = [name for name in given if given[name] != settings[name] and name != "resume"]
         print(*(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}\n" for name in changed), sep="", end="")
-    if given.get("ckpt"):
-        run = Path(given["ckpt"])  # perhaps: its folder holds a policy and the tokenizer that was trained with it
-        policy = run / "policy.pt" if (run / "policy.pt").exists() else run
-        if (policy.parent / "vq.pt").exists():
-            given = {"vq": str(policy.parent / "vq.pt")} | given | {"ckpt": str(policy)}
     cfg = TrainConfig(**(settings | given))
     for name, value in dataclasses.asdict(cfg).items():
         least = "more than 0" if name in POSITIVE.split() else "0 or more"
         fits = not isinstance(value, (int, float)) or value > 0 or (value == 0 and least == "0 or more")
         expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
-    expect(cfg.device == "cpu" or torch.cuda.is_available(), f"--device {cfg.device}: there is none; leave it out")
+    expect(max(cfg.policy_ema, cfg.decoder_ema) <= 1, "--policy-ema, --decoder-ema: expected 0 or more, 1 at most")
+    expect(cfg.device == "cpu" or torch.cuda.is_available(), f"--device {cfg.device}: there is none; give --device cpu")
     return cfg
 
 
@@ -196,13 +196,6 @@ def resolve_files(cfg):
 # A place is (path, offset, size): a file (offset 0, size -1), or a member of a tar, which is not unpacked.
 
 
-def read_place(place):
-    path, offset, size = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
 def coco_pairs(file):
     """(place, caption) pairs of COCO's captions_X.json; images are in ../X or, without that, beside it."""
     with reading(file, "a captions .json of COCO's"):
@@ -210,7 +203,7 @@ def coco_pairs(file):
         names = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(names[note["image_id"]], note["caption"].strip()) for note in content["annotations"]]
     expect(len(names) == len(content["images"]), f"{file}: two of its images have one id; whose captions are they?")
-    folder = file.parent.parent / file.stem.removeprefix("captions_")
+    folder = file.absolute().parent.parent / file.stem.removeprefix("captions_")
     return [((folder / name if folder.is_dir() else file.parent / name, 0, -1), text) for name, text in pairs if text]
 
 
@@ -225,7 +218,7 @@ def list_pairs(source):
     for name, place in places.items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in IMAGE_SUFFIXES:
-            text = read_place(places[f"{stem}.txt"]) if f"{stem}.txt" in places else b""
+            text = read_bytes(*places[f"{stem}.txt"]) if f"{stem}.txt" in places else b""
             caption = text.decode("utf-8-sig", "replace").strip()
             if caption and "\ufffd" not in caption:
                 pairs.append((place, caption))
@@ -247,11 +240,8 @@ class CaptionedImages(Dataset):
     def __getitem__(self, i):
         for k in range(i, i + len(self)):
             place, caption = self.pairs[k % len(self)]
-            try:
-                image = load_image(io.BytesIO(read_place(place)), upright=True)
-            except Exception as error:  # a decoder may raise anything for a damaged file
-                print(f"left out {place[0]}, byte {place[1]}: {error!r:.200}", file=sys.stderr)
-            else:
+            image = try_image(*place, upright=True)
+            if image:
                 return caption, center_crop(image, self.size)
         raise InputError(f"{self.pairs[i][0][0]}: none of {len(self)} images can be read")
 
@@ -343,9 +333,8 @@ def load_checkpoint(state, models, world_size):
 
 def export(out, models, cfg):
     """Saves policy, its EMA and tokenizer (EMA decoder) for other programs, in the layout they came in."""
-    state_dicts = {}
-    for name, network in {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}.items():
-        state_dicts[name] = {key: x.cpu() for key, x in network.state_dict().items()}
+    networks = {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}
+    state_dicts = {name: {key: x.cpu() for key, x in net.state_dict().items()} for name, net in networks.items()}
     if not is_janus(cfg.ckpt):
         for name, state_dict in state_dicts.items():
             atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))
@@ -565,8 +554,8 @@ def train(cfg):
                 atomic_save(out / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
             if rank == 0 and (stop or last or done % cfg.save_every == 0):
                 _, *drawn = sample_images(policy, decoders.values(), text_encoder, captions[:8], watched_u[:8], cfg)
-                columns = {"real": real, "base": before[:8]}
-                columns |= {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
+                trained = {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
+                columns = {"real": real, "base": before[:8]} | trained
                 save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
                 export(out, models, cfg)
                 save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole

@@ -17,6 +17,7 @@ The last section reads and writes checkpoint files.
 import argparse
 import contextlib
 import os
+import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -221,6 +222,7 @@ def load_vq(state_dict, norm_groups=32):
     num_res_blocks = count_layers(state_dict, "encoder.conv_blocks.0.res.")
     sizes = (num_res_blocks, z_channels, *state_dict["quantize.embedding.weight"].shape, norm_groups)
     config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
+    expect(norm_groups > 0 and ch % norm_groups == 0, f"{ch} channels do not divide into {norm_groups} groups of norms")
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
     return build(lambda: VQModel(config), statistic | state_dict)
 
@@ -237,8 +239,8 @@ def patch_discriminator(ndf=64, n_layers=3, kernel=4):
     layers = [nn.Conv2d(3, ndf, kernel, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for i in range(n_layers):
         stride = 2 if i < n_layers - 1 else 1
-        layers.append(nn.Conv2d(widths[i], widths[i + 1], kernel, stride, padding=1, bias=False))
-        layers.extend([nn.GroupNorm(8, widths[i + 1]), nn.LeakyReLU(0.2)])
+        conv = nn.Conv2d(widths[i], widths[i + 1], kernel, stride, padding=1, bias=False)
+        layers += [conv, nn.GroupNorm(8, widths[i + 1]), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
 
 
@@ -271,7 +273,8 @@ def load_lpips(vgg_state_dict, linear_state_dict):
     # ImageNet's mean and deviation, for pixels in [-1, 1]; a slice ends with the last ReLU before a pooling.
     normalize = Normalize([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
     slices = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
-    return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().flatten() for i in range(5)])
+    widths = (64, 128, 256, 512, 512)
+    return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().view(n) for i, n in enumerate(widths)])
 
 
 # ---- checkpoint files ------------------------------------------------------------------------------------------------
@@ -296,8 +299,8 @@ def reading(path, expected, errors=Exception, done="read"):
     try:
         yield
     except errors as error:
-        reason = f"{error!r:.300}"
-        # The library's own message misleads: PyTorch's advises to switch its protection off.
+        # PyTorch's own words for such a file advise to switch its protection off.
+        reason = "holds code, or no weights" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.300}"
         for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if done == "read" else []):
             reason = f"{file.name} is text: a Git-LFS pointer or a web page"
         raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
@@ -329,7 +332,7 @@ def load_state_dict(path):
         content = read_checkpoint(part)
         for key in ("model", "module", "state_dict"):
             content = content.get(key, content) if isinstance(content, dict) else {}
-        tensors = content and all(isinstance(x, torch.Tensor) for x in content.values())
+        tensors = content and all(isinstance(n, str) and isinstance(x, torch.Tensor) for n, x in content.items())
         expect(tensors, f"{part}: holds other things than tensors by name")
         state_dict |= content
     while all(name.startswith(("module.", "_orig_mod.")) for name in state_dict):  # DDP's, torch.compile's
@@ -340,7 +343,8 @@ def load_state_dict(path):
 def load(path, loader, *args):
     """loader(the file's state dict, *args); one-line InputError for missing, surplus or misshapen entries."""
     state_dict = load_state_dict(path)
-    with reading(path, f"what {loader.__name__} reads", (InputError, KeyError, RuntimeError, TypeError, ValueError)):
+    refusals = (InputError, KeyError, RuntimeError, TypeError, ValueError)
+    with reading(path, f"what {loader.__name__} reads", refusals, done="loaded"):
         return loader(state_dict, *args)
 
 
@@ -392,5 +396,6 @@ def atomic_save(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no such folder, for one
+            partial.unlink()
         raise InputError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
