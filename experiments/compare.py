@@ -68,14 +68,13 @@ def run_all(commands, processes):
     """
     waiting, running = list(commands), {}
     # A session of its own for each: Ctrl-C in the terminal reaches it through this process alone, once.
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True, "stderr": subprocess.STDOUT}
     try:
         while waiting or running:
             if waiting and len(running) < processes:
                 log = waiting.pop(0)
                 with open(log, "ab") as file:
-                    command = [sys.executable, *commands[log]]
-                    running[log] = subprocess.Popen(command, stdout=file, stderr=file, **options)
+                    running[log] = subprocess.Popen([sys.executable, *commands[log]], stdout=file, **options)
                 print(f"{time.strftime('%H:%M:%S')}  {log.with_suffix('')} started, {len(waiting)} wait", flush=True)
             time.sleep(0.2)
             for log in [log for log, child in running.items() if child.poll() is not None]:
@@ -84,7 +83,8 @@ def run_all(commands, processes):
                     sys.exit(f"compare.py: {log.with_suffix('')} ended with status {status}; its output is in {log}")
     finally:
         for child in running.values():
-            os.killpg(child.pid, signal.SIGTERM)
+            if child.poll() is None:  # one that has ended has no process group any more
+                os.killpg(child.pid, signal.SIGTERM)
         for child in running.values():
             child.wait()
 

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vq import InputError, atomic_save, reading
+from vq import InputError, atomic_save, expect, reading
 
 
 def smooth(values, width):
     """Running mean over the finite ones of the `width` values around each; NaN where the value itself is."""
     finite, window = np.isfinite(values), np.ones(width)
-    total, count = np.convolve(np.where(finite, values, 0.0), window), np.convolve(finite, window)
-    middle = slice(width // 2, width // 2 + len(values))
-    return np.where(finite, total[middle] / np.maximum(count[middle], 1), np.nan)
+    total, count = (np.convolve(x, window, "same") for x in (np.where(finite, values, 0.0), finite))
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
 def draw_curves(figure, logs):
@@ -67,6 +66,7 @@ def curves(args, _):
     for run in args.runs:
         with reading(f"{run}/log.jsonl", "the log of a run", errors=(OSError, ValueError)):
             logs[run] = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+        expect(logs[run], f"{run}/log.jsonl: holds no step yet")
     save_figure(args.out, (16, 12), draw_curves, logs)
 
 

@@ -419,6 +419,7 @@ def train_policy(vq, steps, seed):
 
 def pretrain(out, seed):
     """Trains the whole world and writes policy.pt, vq.pt and judges.pt to the folder `out`, in float16."""
+    out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is said before the work
     # Two processes with a core each beat one with two; each trains half of what can be trained at a time.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         features = pool.submit(train_scene_net, "features", 2500, seed + 1000)  # another seed than the perceptual net's
@@ -429,7 +430,6 @@ def pretrain(out, seed):
         policy = pool.submit(train_policy, tokenizer.result(), 3000, seed)
         judges = {"reward": reward.result(), "perceptual": perceptual, "features": features.result()}
         vq, judges["discriminator"] = finetuned.result()
-    out.mkdir(parents=True, exist_ok=True)
     files = {"policy.pt": {"model": policy.result()}, "vq.pt": {"model": vq}, "judges.pt": judges}
     for file, networks in files.items():  # judges.pt is the last: with it the base is whole
         state_dicts = {name: network.half().state_dict() for name, network in networks.items()}
@@ -441,4 +441,5 @@ if __name__ == "__main__":
     parser.add_argument("--pretrain", action="store_true", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    pretrain(parser.parse_args().out, parser.parse_args().seed)
+    args = parser.parse_args()
+    pretrain(args.out, args.seed)
