@@ -4,7 +4,7 @@
     python metrics.py statistics A OUT.npz       statistics in pytorch-fid's layout
     python metrics.py clip DIR                   CLIP ViT-B/32 of what `train.py --sample` drew
     python metrics.py clip DIR --model ViT-H-14 --pretrained HPS_v2.1_compressed.pt --prefix ""      HPSv2
-    python metrics.py token-kl A B               KL of the token histograms, and entropies; images need --vq
+    python metrics.py token-kl A B               KL of the .npy tokens' histograms, and entropies; images without .npy need --vq
 
 Two ways to prepare an image for Inception are in use, and they give different numbers for the same images:
 
@@ -50,7 +50,8 @@ def fid_inception(state_dict=None):
     """
     if state_dict is None:
         with reading(INCEPTION, "a network to fetch it, or its file by --inception"):
-            state_dict = load_state_dict(download(INCEPTION))
+            path = download(INCEPTION)
+        state_dict = load_state_dict(path)
     # The norms' counters are not in the file; PyTorch starts them at 0.
     network = build(lambda: inception_v3(num_classes=1008, aux_logits=False, init_weights=False), state_dict)
     network.fc = nn.Identity()
@@ -127,12 +128,12 @@ class CLIPScore(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """B captions to unit embeddings (B, E)."""
+        """B captions to unit embeddings (B, dim)."""
         tokens = self.tokenizer(captions).to(self.model.logit_scale.device)
         return self.model.encode_text(tokens, normalize=True).float()
 
     def forward(self, images, text_emb):
-        """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, E)."""
+        """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, dim)."""
         x = (images.clamp(-1, 1) + 1) / 2  # a saved image has no pixel outside: nothing to gain there
         x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         image_emb = self.model.encode_image(self.normalize(x), normalize=True)
@@ -211,9 +212,7 @@ def load_image(path, offset=0, size=-1, upright=False):
         if image.mode[0] in "IF":  # I;16 and its byte orders, I, F
             grey = np.asarray(image)
             if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 2**16:
-                raise ValueError(
-                    f"pixels of 32 bits (mode {image.mode}), whose range is not known; save it with 8 or 16"
-                )
+                raise ValueError(f"pixels of 32 bits (mode {image.mode}), of unknown range; save it with 8 or 16")
             grey = np.where(grey == image.info.get("transparency"), 2**16 - 1, grey)
             image = Image.fromarray((grey / 257).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -302,15 +301,16 @@ def compute_clip(folder, args):
 
 
 def read_histogram(path, vq, size):
-    """Histogram (V,) of a folder's tokens: of its .npy files, or what the tokenizer gives its images, at 256 px."""
-    if vq:
-        batches = image_batches(list_images(path)[0], partial(center_crop, size=256))
-        images = (x.to(DEVICE).permute(0, 3, 1, 2) / 127.5 - 1 for _, x in batches)
-        return token_histogram(torch.cat([vq.encode(x).cpu().flatten() for x in images]), size)
+    """Histogram (V,) of a folder's .npy tokens or, if it has none, of its images' codes; and a line on them."""
+    files = [file for file in list_files(path) if file.suffix == ".npy"]
+    if vq and not files:
+        images, line = list_images(path)
+        batches = (x.to(DEVICE) for _, x in image_batches(images, partial(center_crop, size=256)))
+        tokens = torch.cat([vq.encode(x.permute(0, 3, 1, 2) / 127.5 - 1).cpu().flatten() for x in batches])
+        return token_histogram(tokens, size), f"{line}, encoded at 256 px"
     with reading(path, f"a folder with .npy files of tokens below {size}, as --sample writes; images need --vq"):
-        files = [file for file in list_files(path) if file.suffix == ".npy"]
         tokens = np.concatenate([np.load(file).astype(np.int64, casting="safe").ravel() for file in files])
-        return token_histogram(torch.from_numpy(tokens), size)
+        return token_histogram(torch.from_numpy(tokens), size), f"{len(files)} .npy files of {path}"
 
 
 def main(argv=None):
@@ -325,9 +325,8 @@ def main(argv=None):
     parser.add_argument("--model", default="ViT-B-32-quickgelu", help="of open_clip [%(default)s]")
     parser.add_argument("--pretrained", default="openai", help="its weights: a tag, fetched, or a file [%(default)s]")
     parser.add_argument("--prefix", default="A photo depicts ", help="said before each caption [%(default)r]")
-    parser.add_argument("--vq", help="tokenizer that encodes images; without it .npy files are read")
+    parser.add_argument("--vq", help="tokenizer that encodes the images of a folder without .npy files")
     parser.add_argument("--vocab-size", type=int, default=16384, help="codes there are, without --vq [%(default)s]")
-    parser.add_argument("--norm-groups", type=int, default=32, help="--vq's groups; 8 for the embedded world's [32]")
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # redirected output may be no UTF-8
@@ -344,25 +343,29 @@ def run(command, a, b, args):
     if command == "clip":
         compute_clip(a, args)
     elif command == "token-kl":
-        for path in (a, b) if args.vq else ():
-            list_images(path)  # refused before anything is encoded
-        vq = load(args.vq, load_vq, args.norm_groups).to(DEVICE) if args.vq else None
+        for path in (a, b):
+            if args.vq and not any(file.suffix == ".npy" for file in list_files(path)):
+                list_images(path)  # refused before anything is encoded
+        vq = load(args.vq, load_vq).to(DEVICE) if args.vq else None
         size = vq.config.codebook_size if vq else args.vocab_size
-        p, q = (read_histogram(path, vq, size) for path in (a, b))
+        (p, line), (q, line2) = (read_histogram(path, vq, size) for path in (a, b))
         print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
-        print(f"tokens of {a} from those of {b}; one count added to each of {size} codes")
+        print(f"{line}\nfrom {line2}; one count added to each of {size} codes")
     else:
         writable = b.endswith(".npz") and os.access(f"{Path(b).absolute().parent}/", os.W_OK)
         expect(command == "fid" or writable, f"{b}: expected a name that ends in .npz, in a folder that can be written")
         paths = [a, b] if command == "fid" else [a]
-        sides = [load_statistics(path) if path.endswith(".npz") else list_images(path) for path in paths]
-        network = (load(args.inception, fid_inception) if args.inception else fid_inception()).to(DEVICE)
-        (mu, sigma, line), *other = (x if len(x) == 3 else compute_statistics(*x, network, args) for x in sides)
+        statistics = {path: load_statistics(path) for path in paths if path.endswith(".npz")}
+        images = {path: list_images(path) for path in paths if path not in statistics}  # refused before the work
+        if images:
+            network = (load(args.inception, fid_inception) if args.inception else fid_inception()).to(DEVICE)
+            statistics |= {path: compute_statistics(*images[path], network, args) for path in images}
+        mu, sigma, line = statistics[a]
         if command == "statistics":
             atomic_save(b, lambda file: np.savez(file, mu=mu, sigma=sigma))
             print(f"{b}: {line}")
         else:
-            mu2, sigma2, line2 = other[0]
+            mu2, sigma2, line2 = statistics[b]
             print(f"FID {frechet_distance(mu, sigma, mu2, sigma2):.6g}\n{line}\nagainst {line2}")
             print("FID is biased upwards, below 2,048 images by much: compare it with the same counts only")
 

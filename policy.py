@@ -6,9 +6,9 @@ a token become embeddings, in the output layer and in the rotary embedding. Size
 
     file                   n_layer  n_head   dim  vocab_size  cls_token_num  parameters
     scenes/policy.pt             3       6    96        1024              8       0.5 M
-    t2i_XL_stage1_256.pt        36      20  1280       16384            120       775 M
-    t2i_XL_stage2_512.pt        36      20  1280       16384            120       775 M
-    Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1480 M, 210 M of them words
+    t2i_XL_stage1_256.pt        36      20  1280       16384            120       778 M
+    t2i_XL_stage2_512.pt        36      20  1280       16384            120       778 M
+    Janus-Pro-1B/               24      16  2048       16384          ≤ 512      1485 M, 210 M of them words
 
 Easy to get wrong:
 - LlamaGen's prefix (the caption) is not rotated by zero, it is *multiplied* by zero: its rotary table is all
@@ -237,9 +237,8 @@ def maybe_checkpoint(function, *inputs, enabled):
 
     An argument decides it, and not train() or eval(), which would have to be right at every call.
     """
-    if enabled:
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(function, *inputs, **options) if enabled else function(*inputs)
 
 
 def attention_mask(cond_mask, n):
@@ -259,13 +258,13 @@ def attention_mask(cond_mask, n):
 def logits_to_logprobs(logits, cfg_scale=1.0, temperature=1.0, top_k=0):
     """Log-probabilities (R, …, V) of the next token, float32; with cfg_scale ≠ 1 from logits of 2R rows.
 
-    Classifier-free guidance: u + s (c − u), c the first half of the rows and u the second. `top_k` = 0 keeps
+    Classifier-free guidance: uncond + s (cond − uncond), cond the first half of the rows, uncond the second. `top_k` = 0 keeps
     all codes, 1 is greedy decoding.
     """
     logits = logits.float()
     if cfg_scale != 1:
-        cond, uncond = logits.chunk(2)
-        logits = uncond + cfg_scale * (cond - uncond)
+        cond_logits, uncond_logits = logits.chunk(2)
+        logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
     logits = logits / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -310,10 +309,10 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
 
     def sample_next():
         """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
-        dist = logits_to_logprobs(policy.output(h[:, 0]), cfg_scale, temperature, top_k)  # (R, V)
-        token = sample_token(dist, u.index_select(1, n)[:, 0])[:, None]
+        next_logprobs = logits_to_logprobs(policy.output(h[:, 0]), cfg_scale, temperature, top_k)  # (R, V)
+        token = sample_token(next_logprobs, u.index_select(1, n)[:, 0])[:, None]
         tokens.index_copy_(1, n, token)
-        logprobs.index_copy_(1, n, dist.gather(1, token))
+        logprobs.index_copy_(1, n, next_logprobs.gather(1, token))
         return token
 
     def decode_one_token(kv_len):
@@ -360,8 +359,8 @@ def token_logprobs(policy, cond, cond_mask, tokens, cfg_scale=1.0, temperature=1
     h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], cfg_scale != 1, checkpointing)
 
     def score(h, tokens):
-        dist = logits_to_logprobs(policy.output(h), cfg_scale, temperature)
-        return dist.gather(2, tokens[..., None])[..., 0]
+        next_logprobs = logits_to_logprobs(policy.output(h), cfg_scale, temperature)
+        return next_logprobs.gather(2, tokens[..., None])[..., 0]
 
     chunks = zip(h.split(chunk, 1), tokens.split(chunk, 1))
     return torch.cat([maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks], 1)
@@ -485,7 +484,7 @@ def load_llamagen(state_dict, grid_size, head_dim=None):
     cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
     n_layer, ffn_dim = count_layers(state_dict, "layers."), len(state_dict["layers.0.feed_forward.w1.weight"])
     head_dim = head_dim or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
-    expect(dim % head_dim == head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
+    expect(dim % head_dim == 0 and head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
     config = GPTConfig(dim, n_layer, head_dim, ffn_dim, vocab_size, cls_token_num, caption_dim, grid_size)
     return build(lambda: Policy(config), state_dict)
 
@@ -543,11 +542,10 @@ def load_janus(state_dict, config, pad_id, grid_size):
     ours = {}
     for name in names:
         parts = [state_dict.pop(theirs) for theirs in janus_names(name)]
-        square = len(parts) == 1 or all(tuple(part.shape) == (dim, dim) for part in parts)
-        expect(square, f"{janus_names(name)}: expected {dim} rows and columns each")
-        if len(parts) == 3:
+        if len(parts) == 3:  # q, k and v
+            expect({part.shape for part in parts} == {(dim, dim)}, f"{janus_names(name)}: expected {dim} × {dim} each")
             parts[:2] = (permute(part, 2, head_dim // 2) for part in parts[:2])
-        ours[name] = torch.cat(parts) if len(parts) == 3 else parts[0]
+        ours[name] = torch.cat(parts)
     return build(lambda: Policy(policy_config), ours | state_dict)  # what is left is surplus, and named
 
 

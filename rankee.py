@@ -16,8 +16,11 @@ Departures from the authors' scripts:
 - K (`rank_k`) defaults to G: with their K = 1 every weight is 1, and soft ranking becomes best-of-G.
 - Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
 - The reward reaches the decoder through tensors; through a PIL image it has no gradient.
+- Captions are left-padded in training as in sampling (policy.py). π_ref is the paper's EMA, not the start.
+- The discriminator has GroupNorm (vq.py). It learns from the first step; `disc_start` delays its steering.
 
-Axes: B captions, G rollouts a caption, R = B·G, K rollouts of a caption kept, N tokens, V codes.
+Axes: B captions, G rollouts a caption, R = B·G, K rollouts of a caption kept, N tokens, V codes; T text
+positions and C channels of a caption.
 Real images are (B', 3, H, W), drawn ones (R, 3, H, W), all in [-1, 1].
 """
 
@@ -37,7 +40,7 @@ from policy import generate, token_logprobs
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the authors' for LlamaGen-XL, except `rank_k` (see above) and `ref_policy` (paper's)."""
+    """Defaults are the authors' for LlamaGen-XL, except `rank_k` and `ref_policy` (see above)."""
 
     method: Annotated[Literal["ranke", "rl", "decoder"], "RankE, standard RL (no stage 2), or stage 2 alone"] = "ranke"
     max_steps: Annotated[int, "steps of rollout, stage 1, stage 2, EMA"] = 6000
@@ -54,10 +57,10 @@ class Config:
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5
     warmup_steps: Annotated[int, "steps over which the policy's learning rate rises from 0"] = 0
-    clip_eps: Annotated[float, "ε, clip range of π_θ / π_old"] = 0.2
+    clip_eps: Annotated[float, "ε, clip range of π_θ / π_old; never acts with one update a step"] = 0.2
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
-    cfg_logprobs: Annotated[bool, "score the guided policy that was sampled, not the unguided one (published)"] = False
+    cfg_logprobs: Annotated[bool, "score as sampled, with guidance and temperature, not without (published)"] = False
     # Stage 2
     decoder_lr: Annotated[float, "learning rate of D_φ and the post-quantization convolution"] = 5e-5
     disc_lr: Annotated[float, "learning rate of the discriminator"] = 2e-5
@@ -174,7 +177,7 @@ class Models:
     """The networks of a run and their optimizers.
 
     `text_encoder`, frozen: captions → cond, cond_mask (see policy.py). `judges` has three networks:
-    - `scorer`, frozen: `encode_text(captions)` → (B, E); images (R, 3, H, W), text_emb (R, E) → rewards (R,)
+    - `scorer`, frozen: `encode_text(captions)` → (B, dim); images (R, 3, H, W), text_emb (R, dim) → rewards (R,)
     - `lpips`, frozen: two batches of images → distances (B,)
     - `discriminator`: images → logits (B, 1, h, w)
     """
@@ -191,7 +194,7 @@ class Models:
             weight.requires_grad_(True)
         # Fused where it can be: the default makes temporaries as large as the policy.
         options = {"weight_decay": cfg.weight_decay, "fused": next(policy.parameters()).is_cuda}
-        gan_options = options | {"betas": (0.9, 0.95)}
+        gan_options = options | {"betas": (0.9, 0.95)}  # as LlamaGen's tokenizer was trained
         self.policy_optimizer = torch.optim.AdamW(policy.parameters(), cfg.policy_lr, **options)
         self.decoder_optimizer = torch.optim.AdamW(vq.decoder_parameters(), cfg.decoder_lr, **gan_options)
         self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), cfg.disc_lr, **gan_options)
@@ -203,10 +206,10 @@ class Rollouts:
 
     cond: torch.Tensor  # (R, T, C), or input_ids (R, T)
     cond_mask: torch.Tensor  # (R, T)
-    text_emb: torch.Tensor  # (R, E), the scorer's embeddings of the captions
+    text_emb: torch.Tensor  # (R, dim), the scorer's embeddings of the captions
     tokens: torch.Tensor  # (R, N)
     sampling_logprobs: torch.Tensor  # (R, N), of the guided, top-k distribution
-    images: torch.Tensor  # (R, 3, H, W), by the EMA decoder
+    images: torch.Tensor  # (R, 3, H, W), D_ema(z): what is rewarded, and what holds the decoder
     rewards: torch.Tensor  # (B, G), 100 · cosine
 
 
@@ -215,10 +218,10 @@ def in_batches(function, *tensors, size):
     return torch.cat([function(*rows) for rows in zip(*(x.split(size) for x in tensors))])
 
 
-def backward(losses, scale, logs, watched={}):
-    """Back-propagates a micro-batch's losses times its share `scale`; adds them and `watched` to `logs`."""
+def backward(losses, scale, logs, extra={}):
+    """Back-propagates a micro-batch's losses times its share `scale`; adds them and `extra` to `logs`."""
     (scale * sum(losses.values())).backward()
-    for name, value in (losses | watched).items():
+    for name, value in (losses | extra).items():
         logs[name] = logs.get(name, 0.0) + scale * value.item()
 
 
@@ -255,7 +258,7 @@ def rollout(models, captions, u, cfg):
     with models.autocast:
         tokens, logprobs = (x.flatten(0, 1) for x in sample_tokens(models.policy, cond, cond_mask, u, cfg))  # (R, N)
         images = in_batches(models.vq_ema.decode, tokens, size=cfg.micro_batch_size)  # (R, 3, H, W)
-        text_emb = models.scorer.encode_text(captions).repeat_interleave(G, 0)  # (R, E)
+        text_emb = models.scorer.encode_text(captions).repeat_interleave(G, 0)  # (R, dim)
         rewards = in_batches(models.scorer, images, text_emb, size=cfg.micro_batch_size).view(B, G)
     cond, cond_mask = cond.repeat_interleave(G, 0), cond_mask.repeat_interleave(G, 0)
     return Rollouts(cond, cond_mask, text_emb, tokens, logprobs, images, rewards)
@@ -281,7 +284,7 @@ def update_policy(models, rollouts, step, cfg):
         pg_loss, clip_frac = policy_loss(logprobs, logprobs.detach(), advantages[i], cfg.clip_eps)
         kl = kl_anchor(logprobs, ref_logprobs)
         losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
-        # 0 only where what is scored is what was sampled (see `cfg_logprobs`; top-k is never scored).
+        # 0 if what is scored was sampled: with `cfg_logprobs`, and without top-k, which is never scored.
         gap = (logprobs - rollouts.sampling_logprobs[i]).mean()
         backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac, "logprob_gap": gap})
     norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
@@ -305,7 +308,8 @@ def update_discriminator(models, rollouts, images, cfg):
 
 def update_decoder(models, rollouts, images, step, cfg):
     """Stage 2: trains the discriminator, then D_φ; `images` are real, (B', 3, H, W). Returns what to log."""
-    disc_logs, logs = update_discriminator(models, rollouts, images, cfg) if cfg.disc_weight else {}, {}
+    logs = {}
+    disc_logs = update_discriminator(models, rollouts, images, cfg) if cfg.disc_weight else {}
     rewards = group_advantages(rollouts.rewards) if cfg.rank_zscore else rollouts.rewards
     B, G = rewards.shape
     tau = tau_at(step, cfg.max_steps, cfg.tau_start, cfg.tau_end)

@@ -93,8 +93,7 @@ def load_llamagen(entries):
 
 
 def load_janus(entries):
-    sizes = {"language_config": META["janus"]["language_config"]}
-    return policies.load_janus(entries, sizes, META["janus"]["pad_id"], grid_size=4)
+    return policies.load_janus(entries, META["janus"], META["janus"]["pad_id"], grid_size=4)
 
 
 @pytest.fixture(scope="module", params=["llamagen", "janus"])
@@ -530,13 +529,12 @@ def wrong():
 
 COMMANDS = {"train": "--out OUT", "draw": f"{DRAW} --out OUT --sample clock", "run": f"{RUN} --out OUT"}
 COMMANDS |= {"metrics": "--inception ../inception.pth", "fid": "--inception ../inception.pth fid ../pairs"}
-COMMANDS["kl"] = "token-kl ../pairs ../pairs --vq"
 REFUSED = {  # what is said: to which commands, in a folder of wrong files
     # A typing mistake that is ignored, or found after an hour
     "unrecognized arguments": "train --gudance 3 | train --max 3 | fid ../pairs --image 5",
-    "expected 0 or more": "train --policy-lr nan | train --seed -1 | train --decoder-ema 2",
-    "expected more than 0": "train --max-steps 0 | train --save-every 0 | train --temperature 0",
-    ": invalid ": "train --max-steps many | train --gan ranked",
+    "expected 0 or more": "train --policy-lr nan | train --policy-lr inf | train --seed -1 | train --decoder-ema 2",
+    "expected more than 0": "train --max-steps 0 | train --save-every 0 | train --clip-eps 0",
+    ": invalid ": "train --max-steps many | train --gan ranked | train --t5-device gpu",
     "at least --rank-k": "train --rank-k 9 | train --group-size 1",
     "a_bus": "train --sample a_bus",
     "ckpt.pt: not a run, or one of another version": "train --resume --out .",
@@ -547,7 +545,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "lacks the weights": "draw --t5 t5-lacks",
     "has 60 codes": "draw --ckpt codes.safetensors",
     "48 wide; the policy takes 40": "draw --ckpt narrow.safetensors",
-    "expected what load_vq reads": f"draw --vq {CKPT} | kl {CKPT} | kl {VQ} --norm-groups 5",
+    "expected what load_vq reads": f"draw --vq {CKPT} | metrics token-kl ../pairs ../pairs --vq {CKPT}",
     "t5-mute: ": "draw --t5 t5-mute",  # without its tokenizer's files every word would be <unk>
     "another rotary embedding": "draw --ckpt janus-rotary",
     # Nothing to train on, half of a shard, a caption of another picture
@@ -557,7 +555,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "--data DIR": "run --data '' | run --data '' --vq no --vgg no",
     "/proc/no: cannot be made": "run --vq gone --out /proc/no",
     # A wrong folder or file that ends in a number, or is found after the network's work
-    "empty: no image": "run --data empty | fid empty --inception lfs.pt | metrics token-kl one empty --vq lfs.pt",
+    ": no image": "run --data empty | fid empty --inception lfs.pt | metrics token-kl one t5-mute --vq lfs.pt",
     "none of its 1 images can be read": "fid damaged",
     "at least 2": "metrics statistics one a.npz",  # the covariance of one image is NaN
     "expected a .npz with mu (2048,)": "fid taken.npz",
@@ -575,7 +573,7 @@ def test_what_cannot_be_meant_or_used(capsys, monkeypatch, wrong, tmp_path, says
     """
     monkeypatch.chdir(wrong)
     command, _, given = arguments.partition(" ")
-    main, before = metrics.main if command in ("metrics", "fid", "kl") else train.main, sorted(F.rglob("*"))
+    main, before = metrics.main if command in ("metrics", "fid") else train.main, sorted(F.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         main(shlex.split(f"{COMMANDS[command]} {given}".replace("OUT", f"{tmp_path}/run")))
     said = capsys.readouterr().err
@@ -1213,6 +1211,7 @@ def test_fid_commands_are_what_they_say_of_the_images(inception, tmp_path, capfd
     distance = pytest.approx(metrics.frechet_distance(*sides[0], *sides[1]), rel=1e-3)
     numbers, said = measured(capfd, "fid", file, b, *options)
     assert numbers == [distance] and "2 images of" in said and "biased" in said
+    assert measured(capfd, "fid", file, file)[0] == [0.0]  # and no network is fetched
 
 
 GREY, COLOUR = np.array([[0, 40, 80], [120, 200, 255]], np.uint8), pixels(2, 3, 3)
@@ -1269,12 +1268,13 @@ def test_token_kl_command_is_the_closed_form(tmp_path, capfd):
     for side, image in zip(sides, (pixels(256, 320, 3), pixels(4, 5, 3).repeat(64, 0).repeat(64, 1))):
         side.mkdir()
         Image.fromarray(image).save(side / "0.png")
-        x = torch.from_numpy(image[:, 32:-32].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-        np.save(side / "0.npy", vq.encode(x))
+        np.save(side / "0.npy", vq.encode(train.to_pixels([image[:, 32:-32]])))
     p, q = ((np.bincount(np.load(side / "0.npy")[0], minlength=128) + 1) / (256 + 128) for side in sides)
     expected = [(p * np.log(p / q)).sum(), -(p * np.log2(p)).sum(), -(q * np.log2(q)).sum()]
     for options in (["--vocab-size", 128], ["--vq", VQ]):
         assert measured(capfd, "token-kl", *sides, *options)[0] == pytest.approx(expected, rel=1e-2)
+        for side in sides:
+            (side / "0.npy").unlink(missing_ok=True)  # or they would be read, and not the images
 
 
 @needs_gpu

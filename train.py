@@ -65,7 +65,7 @@ class TrainConfig(Config):
     image_size: Annotated[int, "pixels a side; over the tokenizer's factor: the token grid"] = 256
     data: Annotated[str, "images with captions, see above; or the word scenes"] = ""
     t5: Annotated[str, "LlamaGen's text encoder"] = "google/flan-t5-xl"
-    t5_device: Annotated[str, "where the text encoder is, if not on --device"] = ""
+    t5_device: Annotated[Literal["", "cpu", "cuda"], "where the text encoder is, if not on --device"] = ""
     reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2.1"] = "clip"
     reward_weights: Annotated[str, "the scorer's file, if not the published one"] = ""
     vgg: Annotated[str, "VGG16, for LPIPS"] = "https://download.pytorch.org/models/vgg16-397923af.pth#397923af"
@@ -100,7 +100,7 @@ REWARDS = {
 }
 # Options that cannot be 0, since something is counted or divided by them.
 POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
-image_size per_prompt eval_samples save_every"""
+clip_eps image_size per_prompt eval_samples save_every"""
 
 
 def is_janus(ckpt):
@@ -128,7 +128,7 @@ def option_parser():
 
 
 def parse_config(argv):
-    """A command line's `TrainConfig`. Defaults are the authors', or the scenes' without --ckpt and --data.
+    """A command line's `TrainConfig`. Defaults are the authors' for the policy that is named, or the scenes'.
 
     With --resume they are the saved run's. Raises InputError for values that cannot be meant.
     """
@@ -150,16 +150,18 @@ def parse_config(argv):
         settings = read_checkpoint(file).get("config", {})
         same_version = settings.keys() == vars(TrainConfig()).keys()
         expect(same_version, f"{file}: not a run, or one of another version; go on with that one, or begin anew")
-        changed = [name for name in given if given[name] != settings[name] and name != "resume"]
-        print(*(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}\n" for name in changed), sep="", end="")
+        for name in given:
+            if given[name] != settings[name] and name != "resume":
+                print(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}")
     cfg = TrainConfig(**(settings | given))
     for name, value in dataclasses.asdict(cfg).items():
         least = "more than 0" if name in POSITIVE.split() else "0 or more"
-        fits = not isinstance(value, (int, float)) or value > 0 or (value == 0 and least == "0 or more")
+        fits = not isinstance(value, (int, float)) or 0 < value < math.inf or (value == 0 and least == "0 or more")
         expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
     expect(max(cfg.policy_ema, cfg.decoder_ema) <= 1, "--policy-ema, --decoder-ema: expected 0 or more, 1 at most")
-    expect(cfg.device == "cpu" or torch.cuda.is_available(), f"--device {cfg.device}: there is none; give --device cpu")
+    cuda = "cuda" in (cfg.device, cfg.t5_device)
+    expect(not cuda or torch.cuda.is_available(), "--device or --t5-device cuda: there is none; give cpu")
     return cfg
 
 
@@ -193,11 +195,11 @@ def resolve_files(cfg):
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-# A place is (path, offset, size): a file (offset 0, size -1), or a member of a tar, which is not unpacked.
+# A location is (path, offset, size): a file (offset 0, size -1), or a member of a tar, which is not unpacked.
 
 
 def coco_pairs(file):
-    """(place, caption) pairs of COCO's captions_X.json; images are in ../X or, without that, beside it."""
+    """(location, caption) pairs of COCO's captions_X.json; images are in ../X or, without that, beside it."""
     with reading(file, "a captions .json of COCO's"):
         content = json.loads(file.read_text("utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -208,20 +210,20 @@ def coco_pairs(file):
 
 
 def list_pairs(source):
-    """(place, caption) of each image in --data; names those without a caption. Raises InputError for none."""
-    places, pairs = {}, coco_pairs(source) if source.suffix == ".json" else []
+    """(location, caption) of each image in --data; names those without a caption. Raises InputError for none."""
+    locations, pairs = {}, coco_pairs(source) if source.suffix == ".json" else []
     for path in list_files(source) if source.is_dir() else [source]:
-        places[str(path)] = (path, 0, -1)
+        locations[str(path)] = (path, 0, -1)
         if path.suffix == ".tar":
             with reading(path, "a tar that is whole"), tarfile.open(path, "r:") as tar:
-                places |= {f"{path}/{member.name}": (path, member.offset_data, member.size) for member in tar}
-    for name, place in places.items():
+                locations |= {f"{path}/{member.name}": (path, member.offset_data, member.size) for member in tar}
+    for name, location in locations.items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in IMAGE_SUFFIXES:
-            text = read_bytes(*places[f"{stem}.txt"]) if f"{stem}.txt" in places else b""
+            text = read_bytes(*locations[f"{stem}.txt"]) if f"{stem}.txt" in locations else b""
             caption = text.decode("utf-8-sig", "replace").strip()
             if caption and "\ufffd" not in caption:
-                pairs.append((place, caption))
+                pairs.append((location, caption))
             else:
                 print(f"left out {name}: no caption, or not in UTF-8", file=sys.stderr)
     expect(pairs, f"{source}: no image with a caption; expected images with .txt of their names, tars, or COCO's .json")
@@ -239,8 +241,8 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, i):
         for k in range(i, i + len(self)):
-            place, caption = self.pairs[k % len(self)]
-            image = try_image(*place, upright=True)
+            location, caption = self.pairs[k % len(self)]
+            image = try_image(*location, upright=True)
             if image:
                 return caption, center_crop(image, self.size)
         raise InputError(f"{self.pairs[i][0][0]}: none of {len(self)} images can be read")
@@ -293,8 +295,8 @@ def load_pretrained(cfg):
             text_encoder = world.WordVectors(width, length, cfg.device)
         else:
             text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
-    codes, codebook = policy.config.vocab_size, vq.config.codebook_size
-    expect(codes == codebook, f"--ckpt {cfg.ckpt} has {codes} codes and --vq {cfg.vq} {codebook}; give a pair")
+    vocab_size, codebook_size = policy.config.vocab_size, vq.config.codebook_size
+    expect(vocab_size == codebook_size, f"--ckpt {cfg.ckpt} has {vocab_size} codes, --vq {codebook_size}; give a pair")
     # channels_last: the layout in which convolutions are fastest.
     return policy.to(cfg.device), vq.to(cfg.device, memory_format=torch.channels_last), text_encoder
 
@@ -311,12 +313,12 @@ class Judges:
 
 
 # What a checkpoint holds of `Models`; the frozen networks come from their own files again.
-STATE = "policy policy_ema vq vq_ema discriminator policy_optimizer decoder_optimizer disc_optimizer".split()
+CHECKPOINTED = "policy policy_ema vq vq_ema discriminator policy_optimizer decoder_optimizer disc_optimizer".split()
 
 
 def save_checkpoint(out, models, cfg, step, rows, world_size):
     state = {"step": step, "config": dataclasses.asdict(cfg), "rows": rows, "world_size": world_size}
-    state |= {name: getattr(models, name).state_dict() for name in STATE}
+    state |= {name: getattr(models, name).state_dict() for name in CHECKPOINTED}
     atomic_save(out / "ckpt.pt", lambda file: torch.save(state, file))
 
 
@@ -324,7 +326,7 @@ def load_checkpoint(state, models, world_size):
     """Fills `models` with what `save_checkpoint` kept, and frees it: `train` holds `state` to the end."""
     if state["world_size"] != world_size:
         print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
-    for name in STATE:
+    for name in CHECKPOINTED:
         part, saved = getattr(models, name), state.pop(name)
         if "param_groups" in saved:  # of an optimizer the moments alone: its rates are settings, which may have changed
             saved = part.state_dict() | {"state": saved["state"]}
@@ -352,7 +354,7 @@ def export(out, models, cfg):
 
 
 def make_folder(path):
-    with reading(path, "a folder that can be made; name another with --out", OSError, done="made"):
+    with reading(path, "a folder that can be made; name another with --out", OSError, verb="made"):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -396,13 +398,13 @@ def read_prompts(sample, num_images):
     """A dict for each prompt of --sample, as its metadata.jsonl has it: captions as they are, or a file's."""
     file, prompts = Path(sample[0]), [{"prompt": caption} for caption in sample]
     if len(sample) == 1 and file.suffix == ".json":  # one caption an image, its first
-        first = {place: caption for place, caption in reversed(coco_pairs(file))}
+        first = {location: caption for location, caption in reversed(coco_pairs(file))}
         prompts = [{"prompt": caption} for caption in reversed(first.values())]
     elif len(sample) == 1 and file.suffix in (".txt", ".jsonl"):
         with reading(file, "a caption a line, or GenEval's .jsonl"):
             lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
             prompts = [json.loads(line) if file.suffix == ".jsonl" else {"prompt": line} for line in lines]
-            [prompt["prompt"] + "" for prompt in prompts]  # a prompt without text is refused
+            expect(all(isinstance(prompt["prompt"], str) for prompt in prompts), "a prompt is no text")
     expect(prompts, f"--sample {file}: holds no caption")
     return prompts[: num_images or None]
 
@@ -451,7 +453,7 @@ def init_distributed(device):
 
 
 def catch_signals(worker=None):
-    """The list to which Ctrl-C and SIGTERM are added from here on, for the step's end; a second Ctrl-C kills.
+    """The list to which Ctrl-C and SIGTERM are added, for the step's end; after the first, Ctrl-C kills.
 
     They reach the whole process group, and so the loader's workers, which must outlive the step.
     """
@@ -475,15 +477,15 @@ def any_process(number, device):
 
 
 # What a step's line shows of its log.
-SHOWN = "reward kl policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
+PRINTED = "reward kl policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
 
 
 def log_step(path, step, cfg, logs):
     """A line for people and one of JSON for machines, where numbers that are not finite are null."""
     bad = [name for name, value in logs.items() if not math.isfinite(value)]
-    line = "  ".join(f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs)
+    line = "  ".join(f"{name} {logs[name]:.3g}" for name in PRINTED if name in logs)
     print(f"step {step}/{cfg.max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
-    with reading(path, "a disk with room", OSError, done="written"), open(path, "a") as file:
+    with reading(path, "a disk with room", OSError, verb="written"), open(path, "a") as file:
         file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
 
 
@@ -504,7 +506,7 @@ def train(cfg):
     cfg, start = resolve_files(cfg), state["step"]
     pairs = None if scenes else list_pairs(Path(cfg.data))
 
-    # Networks, and the captions and real images that the run is watched on
+    # Networks, and the captions and real images that it is evaluated on
     policy, vq, text_encoder = load_pretrained(cfg)
     base_vq = copy.deepcopy(vq)  # what the trained decoder is compared with
     if scenes:
@@ -518,12 +520,12 @@ def train(cfg):
         real, batches = to_pixels(real), data_batches(dataset, cfg, start, rank, world_size)
     models = Models(policy, vq, text_encoder, judges, make_autocast(cfg), cfg)
     N = policy.config.grid_size**2
-    watched_u = uniform(random_stream(cfg.seed, "watched"), len(captions), N).to(cfg.device)
+    eval_u = uniform(random_stream(cfg.seed, "watched"), len(captions), N).to(cfg.device)
     decoders = {"base": base_vq} if cfg.method == "rl" else {"base": base_vq, "own": models.vq_ema}
 
     # The base, and where an earlier run stopped
-    tokens, before = sample_images(policy, [base_vq], text_encoder, captions, watched_u, cfg)
-    rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, before)] if scenes else []
+    tokens, base_images = sample_images(policy, [base_vq], text_encoder, captions, eval_u, cfg)
+    rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, base_images)] if scenes else []
     if cfg.resume:
         load_checkpoint(state, models, world_size)
         rows = state["rows"]
@@ -548,14 +550,14 @@ def train(cfg):
             if bad_steps == 5:
                 sys.exit(f"train.py: numbers were not finite 5 steps in a row; {out} keeps what was saved")
             if rank == 0 and scenes and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
-                tokens, *drawn = sample_images(policy, decoders.values(), text_encoder, captions, watched_u, cfg)
+                tokens, *drawn = sample_images(policy, decoders.values(), text_encoder, captions, eval_u, cfg)
                 for name, x in zip(decoders, drawn):
                     rows.append({"method": cfg.method, "decoder": name, "step": done} | evaluation(tokens, x))
                 atomic_save(out / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
             if rank == 0 and (stop or last or done % cfg.save_every == 0):
-                _, *drawn = sample_images(policy, decoders.values(), text_encoder, captions[:8], watched_u[:8], cfg)
+                _, *drawn = sample_images(policy, decoders.values(), text_encoder, captions[:8], eval_u[:8], cfg)
                 trained = {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
-                columns = {"real": real, "base": before[:8]} | trained
+                columns = {"real": real, "base": base_images[:8]} | trained
                 save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
                 export(out, models, cfg)
                 save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole

@@ -10,7 +10,7 @@ Codebook and latents are l2-normalized, so the nearest code is the one of larges
 Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so an image's logits depend neither on
 the images beside it nor on train() and eval(), and several processes need not share statistics.
 
-Axes: B images of N = h·w codes, V codes of D dimensions in the codebook. Pixels are in [-1, 1].
+Axes: B images of N = h·w codes, V codes of d dimensions in the codebook. Pixels are in [-1, 1].
 The last section reads and writes checkpoint files.
 """
 
@@ -48,16 +48,12 @@ class VQConfig:
 # ---- VQ-GAN ----------------------------------------------------------------------------------------------------------
 
 
-def group_norm(channels):
-    return nn.GroupNorm(1, channels, eps=1e-6)  # `VQModel` sets the number of groups
-
-
 class ResnetBlock(nn.Module):
-    def __init__(self, in_ch, out_ch):
+    def __init__(self, in_ch, out_ch, groups):
         super().__init__()
-        self.norm1 = group_norm(in_ch)
+        self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
-        self.norm2 = group_norm(out_ch)
+        self.norm2 = nn.GroupNorm(groups, out_ch, eps=1e-6)
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
         self.nin_shortcut = nn.Identity() if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
 
@@ -68,9 +64,9 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    def __init__(self, ch):
+    def __init__(self, ch, groups):
         super().__init__()
-        self.norm = group_norm(ch)
+        self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(ch, ch, 1) for _ in range(4))
 
     def forward(self, x):
@@ -92,10 +88,11 @@ def upsample(ch):
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention where `attend`."""
 
-    def __init__(self, in_ch, out_ch, num_res_blocks, attend):
+    def __init__(self, in_ch, out_ch, num_res_blocks, groups, attend):
         super().__init__()
-        self.res = nn.ModuleList(ResnetBlock(in_ch if i == 0 else out_ch, out_ch) for i in range(num_res_blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_ch) if attend else nn.Identity() for _ in range(num_res_blocks))
+        widths = [in_ch] + [out_ch] * num_res_blocks
+        self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(out_ch, groups) if attend else nn.Identity() for _ in self.res)
 
     def forward(self, x):
         for block, attn in zip(self.res, self.attn):
@@ -103,8 +100,8 @@ class Level(nn.Module):
         return x
 
 
-def mid(ch):
-    return nn.Sequential(ResnetBlock(ch, ch), AttnBlock(ch), ResnetBlock(ch, ch))
+def mid(ch, groups):
+    return nn.Sequential(ResnetBlock(ch, ch, groups), AttnBlock(ch, groups), ResnetBlock(ch, ch, groups))
 
 
 class Encoder(nn.Module):
@@ -112,14 +109,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
+        widths, groups = [config.ch * mult for mult in config.ch_mult], config.norm_groups
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for i, (in_ch, out_ch) in enumerate(zip([config.ch, *widths], widths)):
-            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, attend=i == len(widths) - 1))
+            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, groups, attend=i == len(widths) - 1))
             self.conv_blocks[i].downsample = downsample(out_ch) if i < len(widths) - 1 else nn.Identity()
-        self.mid = mid(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = mid(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -134,14 +131,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.ch * mult for mult in reversed(config.ch_mult)]
+        widths, groups = [config.ch * mult for mult in reversed(config.ch_mult)], config.norm_groups
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = mid(widths[0])
+        self.mid = mid(widths[0], groups)
         self.conv_blocks = nn.ModuleList()
         for i, (in_ch, out_ch) in enumerate(zip([widths[0], *widths], widths)):
-            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks + 1, attend=i == 0))
+            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks + 1, groups, attend=i == 0))
             self.conv_blocks[i].upsample = upsample(out_ch) if i < len(widths) - 1 else nn.Identity()
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
@@ -161,11 +158,11 @@ class Codebook(nn.Module):
         self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage statistic; carried, never read
 
     def vectors(self):
-        """The unit vectors (V, D), in float32: neighbouring codes differ by less than bf16 resolves."""
+        """The unit vectors (V, d), in float32: neighbouring codes differ by less than bf16 resolves."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def nearest(self, latents):
-        """Codes (B, N) of latents (B, D, h, w)."""
+        """Codes (B, N) of latents (B, d, h, w)."""
         with torch.autocast(latents.device.type, enabled=False):  # autocast would make the products bf16
             return torch.einsum("bdhw,vd->bhwv", latents.float(), self.vectors()).argmax(-1).flatten(1)
 
@@ -181,11 +178,9 @@ class VQModel(nn.Module):
         self.quantize = Codebook(config)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
-        for norm in (module for module in self.modules() if isinstance(module, nn.GroupNorm)):
-            norm.num_groups = config.norm_groups
 
     def encode_latents(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, D, h, w) before normalization and quantization."""
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, d, h, w) before normalization and quantization."""
         return self.quant_conv(self.encoder(images))
 
     @torch.no_grad()
@@ -194,13 +189,13 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.encode_latents(images))
 
     def decode_latents(self, latents):
-        """Unit latents (B, D, h, w) to images (B, 3, H, W), about [-1, 1]: not clamped, to keep gradients."""
+        """Unit latents (B, d, h, w) to images (B, 3, H, W), about [-1, 1]: not clamped, to keep gradients."""
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, codes):
         """Codes (B, N) of a square image to images (B, 3, H, W), float32."""
         h = round(codes.shape[1] ** 0.5)
-        z = self.quantize.vectors()[codes].transpose(1, 2).unflatten(2, (h, h))  # (B, D, h, w)
+        z = self.quantize.vectors()[codes].transpose(1, 2).unflatten(2, (h, h))  # (B, d, h, w)
         return self.decode_latents(z)
 
     def decoder_parameters(self):
@@ -222,7 +217,6 @@ def load_vq(state_dict, norm_groups=32):
     num_res_blocks = count_layers(state_dict, "encoder.conv_blocks.0.res.")
     sizes = (num_res_blocks, z_channels, *state_dict["quantize.embedding.weight"].shape, norm_groups)
     config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
-    expect(norm_groups > 0 and ch % norm_groups == 0, f"{ch} channels do not divide into {norm_groups} groups of norms")
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
     return build(lambda: VQModel(config), statistic | state_dict)
 
@@ -291,7 +285,7 @@ def expect(condition, message):
 
 
 @contextlib.contextmanager
-def reading(path, expected, errors=Exception, done="read"):
+def reading(path, expected, errors=Exception, verb="read"):
     """Turns what is raised inside into InputError: for damage a library raises any of a dozen types.
 
     Code of ours stays outside, or `errors` is narrow: a bug of ours keeps its traceback.
@@ -301,9 +295,9 @@ def reading(path, expected, errors=Exception, done="read"):
     except errors as error:
         # PyTorch's own words for such a file advise to switch its protection off.
         reason = "holds code, or no weights" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.300}"
-        for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if done == "read" else []):
+        for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if verb == "read" else []):
             reason = f"{file.name} is text: a Git-LFS pointer or a web page"
-        raise InputError(f"{path}: cannot be {done} ({reason}); expected {expected}") from error
+        raise InputError(f"{path}: cannot be {verb} ({reason}); expected {expected}") from error
 
 
 def is_pointer_or_page(path):
@@ -344,7 +338,7 @@ def load(path, loader, *args):
     """loader(the file's state dict, *args); one-line InputError for missing, surplus or misshapen entries."""
     state_dict = load_state_dict(path)
     refusals = (InputError, KeyError, RuntimeError, TypeError, ValueError)
-    with reading(path, f"what {loader.__name__} reads", refusals, done="loaded"):
+    with reading(path, f"what {loader.__name__} reads", refusals, verb="loaded"):
         return loader(state_dict, *args)
 
 
@@ -384,7 +378,7 @@ def download(source):
 
 
 def atomic_save(path, write):
-    """write(binary file) beside `path`, then a rename: a reader or a kill finds the old or the new one whole.
+    """Lets write(file) fill a file beside `path`, then renames it: a reader finds the old or the new one whole.
 
     Raises InputError where it cannot be written; what was there before is untouched.
     """

@@ -382,7 +382,7 @@ def finetune_decoder_gan(vq, lpips, steps, seed):
         disc_optimizer.zero_grad()
         hinge_d_loss(discriminator(images), discriminator(recon.detach())).backward()
         disc_optimizer.step()
-        disc_weight = 0.5 * (step >= 50)  # the discriminator learns first
+        disc_weight = 0.5 if step >= 50 else 0.0  # the discriminator learns first
         return reconstruction_anchor(images, recon, lpips, discriminator, disc_weight, vq.decoder.conv_out.weight)
 
     fit("decoder", vq.decoder_parameters(), steps, 1e-3, loss_at)
