@@ -4,7 +4,7 @@
     python metrics.py statistics A OUT.npz       statistics in pytorch-fid's layout
     python metrics.py clip DIR                   CLIP ViT-B/32 of what `train.py --sample` drew
     python metrics.py clip DIR --model ViT-H-14 --pretrained HPS_v2.1_compressed.pt --prefix ""      HPSv2
-    python metrics.py token-kl A B               KL of the .npy tokens' histograms, and entropies; images without .npy need --vq
+    python metrics.py token-kl A B               KL of the tokens' histograms, and entropies; images need --vq
 
 Two ways to prepare an image for Inception are in use, and they give different numbers for the same images:
 
@@ -75,7 +75,7 @@ def preprocess(images, mode):
     x = torch.tensor(images).permute(0, 3, 1, 2).float()
     if mode == "pytorch-fid":
         return F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
-    # PIL's bicubic, which clean-fid uses on float channels; on whole images PIL would round between its two passes.
+    # PIL's bicubic of float channels, as in clean-fid; of whole images PIL would round between its two passes.
     return (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
 
 
@@ -301,7 +301,7 @@ def compute_clip(folder, args):
 
 
 def read_histogram(path, vq, size):
-    """Histogram (V,) of a folder's .npy tokens or, if it has none, of its images' codes; and a line on them."""
+    """Histogram (V,) of a folder's .npy tokens, or without any of its images' codes; and a line on them."""
     files = [file for file in list_files(path) if file.suffix == ".npy"]
     if vq and not files:
         images, line = list_images(path)

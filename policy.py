@@ -200,7 +200,7 @@ class Policy(nn.Module):
         `mask` (R, 1, L, keys) is true where a position may look; None is causal. `kv_cache`, one a layer
         (`new_kv_cache`, or None for each), is written at `input_pos` (L,) and read up to the mask's keys.
         """
-        x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add up in the same precision
+        x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add alike
         for layer, layer_cache in zip(self.layers, kv_cache):
             x = maybe_checkpoint(layer, x, freqs_cis, mask, layer_cache, input_pos, enabled=checkpointing)
         return self.norm(x)
@@ -305,7 +305,7 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
 
     tokens = torch.empty(B * G, N, dtype=torch.long, device=u.device)
     logprobs = torch.empty(B * G, N, device=u.device)
-    n = torch.zeros(1, dtype=torch.long, device=u.device)  # on the device: a recorded step must read it where it lies
+    n = torch.zeros(1, dtype=torch.long, device=u.device)  # on the device, where a recorded step reads it
 
     def sample_next():
         """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
@@ -339,10 +339,10 @@ def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128)
         end = prefix_len + min(n, i - i % bucket + bucket)
         if not use_cuda_graph:
             decode_one_token(prefix_len + i + 1)
-        elif i % bucket == 0:  # this call loads kernels, makes workspaces and autocast's casts: a recording cannot
+        elif i % bucket == 0:  # loads kernels, makes workspaces and casts: a recording cannot
             decode_one_token(end)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may go on meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may go on
                 decode_one_token(end)
         else:
             graph.replay()
@@ -479,7 +479,7 @@ def load_llamagen(state_dict, grid_size, head_dim=None):
     `head_dim` defaults to that of LlamaGen's model of this width. Raises InputError if it does not divide it,
     KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus, misshapen ones.
     """
-    state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # older files keep the rotary table
+    state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # in older files
     vocab_size, dim = state_dict["tok_embeddings.weight"].shape
     cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
     n_layer, ffn_dim = count_layers(state_dict, "layers."), len(state_dict["layers.0.feed_forward.w1.weight"])

@@ -685,7 +685,7 @@ def test_a_full_disk_leaves_what_was_saved(data_run, tmp_path):
     assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*"))
     assert all((out / name).read_bytes() == (data_run[0] / name).read_bytes() for name in ("vq.pt", "ckpt.pt"))
     with pytest.raises(vqs.InputError, match="/dev/full: cannot be written"):
-        train.log_step("/dev/full", 1, train.parse_config([]), {"reward": 1.0})
+        train.log_step("/dev/full", 1, 9, {"reward": 1.0})
 
 
 def no_reward():

@@ -210,7 +210,7 @@ def coco_pairs(file):
 
 
 def list_pairs(source):
-    """(location, caption) of each image in --data; names those without a caption. Raises InputError for none."""
+    """(location, caption) of each image in --data; names images without one. Raises InputError for none."""
     locations, pairs = {}, coco_pairs(source) if source.suffix == ".json" else []
     for path in list_files(source) if source.is_dir() else [source]:
         locations[str(path)] = (path, 0, -1)
@@ -328,20 +328,20 @@ def load_checkpoint(state, models, world_size):
         print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
     for name in CHECKPOINTED:
         part, saved = getattr(models, name), state.pop(name)
-        if "param_groups" in saved:  # of an optimizer the moments alone: its rates are settings, which may have changed
+        if "param_groups" in saved:  # an optimizer's: moments alone, since rates are settings
             saved = part.state_dict() | {"state": saved["state"]}
         part.load_state_dict(saved)
 
 
-def export(out, models, cfg):
+def export(out, models, ckpt):
     """Saves policy, its EMA and tokenizer (EMA decoder) for other programs, in the layout they came in."""
     networks = {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}
     state_dicts = {name: {key: x.cpu() for key, x in net.state_dict().items()} for name, net in networks.items()}
-    if not is_janus(cfg.ckpt):
+    if not is_janus(ckpt):
         for name, state_dict in state_dicts.items():
             atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))
         return
-    original, vq = load_state_dict(cfg.ckpt), state_dicts.pop("vq")
+    original, vq = load_state_dict(ckpt), state_dicts.pop("vq")
     for name, state_dict in state_dicts.items():
         ours = janus_state_dict(state_dict, models.policy.config.head_dim)
         ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
@@ -349,7 +349,7 @@ def export(out, models, cfg):
         changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
         make_folder(out / name)
         atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
-        for file in Path(cfg.ckpt).glob("*[!x].json"):  # config.json, the tokenizer's, the processor's; no .index.json
+        for file in Path(ckpt).glob("*[!x].json"):  # config, tokenizer, processor; no .index.json
             atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))
 
 
@@ -480,11 +480,11 @@ def any_process(number, device):
 PRINTED = "reward kl policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
 
 
-def log_step(path, step, cfg, logs):
+def log_step(path, step, max_steps, logs):
     """A line for people and one of JSON for machines, where numbers that are not finite are null."""
     bad = [name for name, value in logs.items() if not math.isfinite(value)]
     line = "  ".join(f"{name} {logs[name]:.3g}" for name in PRINTED if name in logs)
-    print(f"step {step}/{cfg.max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
+    print(f"step {step}/{max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
     with reading(path, "a disk with room", OSError, verb="written"), open(path, "a") as file:
         file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
 
@@ -535,7 +535,7 @@ def train(cfg):
 
     # Post-train
     received, bad_steps = catch_signals(), 0
-    with contextlib.closing(batches):  # else an exception would leave its workers, and the exit wait for them for ever
+    with contextlib.closing(batches):  # else an exception leaves its workers, for which the exit waits for ever
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
             started = time.perf_counter()
             u = uniform(random_stream(cfg.seed, "rollouts", step, rank), cfg.batch_size, cfg.group_size, N)
@@ -546,7 +546,7 @@ def train(cfg):
             stop, done, last = any_process(max(received, default=0), cfg.device), step + 1, step + 1 == cfg.max_steps
             bad_steps = 0 if all(map(math.isfinite, logs.values())) else bad_steps + 1
             if rank == 0:
-                log_step(out / "log.jsonl", done, cfg, logs)
+                log_step(out / "log.jsonl", done, cfg.max_steps, logs)
             if bad_steps == 5:
                 sys.exit(f"train.py: numbers were not finite 5 steps in a row; {out} keeps what was saved")
             if rank == 0 and scenes and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
@@ -559,11 +559,11 @@ def train(cfg):
                 trained = {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
                 columns = {"real": real, "base": base_images[:8]} | trained
                 save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
-                export(out, models, cfg)
+                export(out, models, cfg.ckpt)
                 save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole
             if stop:
                 if world_size > 1:
-                    dist.barrier()  # torchrun ends the others when one has gone, and the first may still be saving
+                    dist.barrier()  # torchrun ends all when one has gone; the first may be saving
                 sys.exit(128 + stop)
     if rank == 0 and scenes:
         print_table(rows)

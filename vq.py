@@ -155,7 +155,7 @@ class Codebook(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
-        self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage statistic; carried, never read
+        self.register_buffer("codebook_used", torch.zeros(65536))  # usage statistic; carried, never read
 
     def vectors(self):
         """The unit vectors (V, d), in float32: neighbouring codes differ by less than bf16 resolves."""
@@ -378,7 +378,7 @@ def download(source):
 
 
 def atomic_save(path, write):
-    """Lets write(file) fill a file beside `path`, then renames it: a reader finds the old or the new one whole.
+    """Lets write(file) fill a file beside `path`, then renames it: a reader finds the old or the new one.
 
     Raises InputError where it cannot be written; what was there before is untouched.
     """
