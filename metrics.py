@@ -107,7 +107,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     overlap = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
-    return max(0.0, float(distance))  # equal statistics may round to −1e-13
+    return max(float(distance), 0.0)  # equal statistics may round to −1e-13; in this order NaN stays NaN
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
@@ -246,13 +246,13 @@ def image_batches(paths, transform):
     Raises InputError where nothing can.
     """
     collate, read = partial(load_batch, transform=transform), 0
-    loader = DataLoader(paths, 32, num_workers=len(os.sched_getaffinity(0)), collate_fn=collate)
+    loader = DataLoader(paths, 32, num_workers=min(8, os.cpu_count()), collate_fn=collate)
     for batch in tqdm(loader, unit=" x 32 images"):
         if batch:
             good, arrays = zip(*batch)
             yield good, torch.from_numpy(np.stack(arrays))
         read += len(batch)
-    expect(read, f"{Path(paths[0]).parent}: none of its {len(paths)} images can be read")
+    expect(read, f"{Path(paths[0]).parent}: no image of {len(paths)} can be read")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -300,14 +300,14 @@ def compute_clip(folder, args):
     print(f"{line}, {len(scores)} read; {args.model}, {args.prefix!r} before a caption")
 
 
-def read_histogram(path, vq, size):
+def read_histogram(path, vq, size, image_size):
     """Histogram (V,) of a folder's .npy tokens, or without any of its images' codes; and a line on them."""
     files = [file for file in list_files(path) if file.suffix == ".npy"]
     if vq and not files:
         images, line = list_images(path)
-        batches = (x.to(DEVICE) for _, x in image_batches(images, partial(center_crop, size=256)))
+        batches = (x.to(DEVICE) for _, x in image_batches(images, partial(center_crop, size=image_size)))
         tokens = torch.cat([vq.encode(x.permute(0, 3, 1, 2) / 127.5 - 1).cpu().flatten() for x in batches])
-        return token_histogram(tokens, size), f"{line}, encoded at 256 px"
+        return token_histogram(tokens, size), f"{line}, encoded at {image_size} px"
     with reading(path, f"a folder with .npy files of tokens below {size}, as --sample writes; images need --vq"):
         tokens = np.concatenate([np.load(file).astype(np.int64, casting="safe").ravel() for file in files])
         return token_histogram(torch.from_numpy(tokens), size), f"{len(files)} .npy files of {path}"
@@ -328,7 +328,7 @@ def main(argv=None):
     parser.add_argument("--vq", help="tokenizer that encodes the images of a folder without .npy files")
     parser.add_argument("--vocab-size", type=int, default=16384, help="codes there are, without --vq [%(default)s]")
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # redirected output may be no UTF-8
     if (args.b is None) != (args.command == "clip") or args.image_size < 0:
         parser.error("fid, statistics and token-kl take two paths, clip one; --image-size a number from 0")
@@ -348,7 +348,7 @@ def run(command, a, b, args):
                 list_images(path)  # refused before anything is encoded
         vq = load(args.vq, load_vq).to(DEVICE) if args.vq else None
         size = vq.config.codebook_size if vq else args.vocab_size
-        (p, line), (q, line2) = (read_histogram(path, vq, size) for path in (a, b))
+        (p, line), (q, line2) = (read_histogram(path, vq, size, args.image_size or 256) for path in (a, b))
         print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
         print(f"{line}\nfrom {line2}; one count added to each of {size} codes")
     else:

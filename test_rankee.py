@@ -533,10 +533,11 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     # A typing mistake that is ignored, or found after an hour
     "unrecognized arguments": "train --gudance 3 | train --max 3 | fid ../pairs --image 5",
     "expected 0 or more": "train --policy-lr nan | train --policy-lr inf | train --seed -1 | train --decoder-ema 2",
-    "expected more than 0": "train --max-steps 0 | train --save-every 0 | train --clip-eps 0",
+    "expected more than 0": "train --max-steps 0 | train --clip-eps 0 | train --max-grad-norm 0",
     ": invalid ": "train --max-steps many | train --gan ranked | train --t5-device gpu",
     "at least --rank-k": "train --rank-k 9 | train --group-size 1",
     "a_bus": "train --sample a_bus",
+    "holds --ckpt or --vq; name another folder": f"train --ckpt {CKPT} --out {F}",
     "ckpt.pt: not a run, or one of another version": "train --resume --out .",
     # Weights that are another model's, random, or somebody's code
     "expected an undamaged checkpoint": "draw --ckpt truncated.pt",
@@ -555,8 +556,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "--data DIR": "run --data '' | run --data '' --vq no --vgg no",
     "/proc/no: cannot be made": "run --vq gone --out /proc/no",
     # A wrong folder or file that ends in a number, or is found after the network's work
-    ": no image": "run --data empty | fid empty --inception lfs.pt | metrics token-kl one t5-mute --vq lfs.pt",
-    "none of its 1 images can be read": "fid damaged",
+    ": no image": "run --data empty | fid damaged | fid empty --inception lfs.pt | metrics token-kl one t5-mute --vq lfs.pt",
     "at least 2": "metrics statistics one a.npz",  # the covariance of one image is NaN
     "expected a .npz with mu (2048,)": "fid taken.npz",
     "not finite": "fid nan.npz",
@@ -646,10 +646,9 @@ def test_resume_says_and_uses_what_changed(data_run, tmp_path, monkeypatch):
     assert y["step"] == len(read_log(out)) == 4
 
 
-STANDARD_RL = f"{RUN} --method rl --vgg '' --lpips ''"
 TORCHRUN = f"--standalone --nproc_per_node=2 --shutdown-timeout=600 {HERE}/train.py {SCENES}"
 SIGNALLED = [
-    (train.main, STANDARD_RL, os.kill, signal.SIGINT, 130),
+    (train.main, f"{RUN} --method rl --vgg '' --lpips ''", os.kill, signal.SIGINT, 130),
     (train.main, f"{RUN} {QUICK}", os.killpg, signal.SIGTERM, 143),
     (torch.distributed.run.main, TORCHRUN, os.kill, signal.SIGTERM, 1),
 ]
@@ -847,6 +846,7 @@ def test_frechet_distance_is_pytorch_fids(case):
     definition = np.square(a[0] - b[0]).sum() + np.trace(a[1] + b[1] - 2 * scipy.linalg.sqrtm(a[1] @ b[1]).real)
     expected = pytest.approx(metrics.frechet_distance(*a, *b), rel=1e-6 if case == 2 else 1e-8)
     assert [REFERENCE["frechet.expected"][case], definition] == [expected] * 2
+    assert math.isnan(metrics.frechet_distance(a[0] * math.nan, a[1], *b))  # and no perfect 0
 
 
 def test_lpips_is_the_one_llamagen_trained_with():

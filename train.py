@@ -4,7 +4,8 @@
     python train.py --method rl --out runs/rl               standard RL: the decoder stays frozen
     python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  LlamaGen-XL; what is not named is fetched once
     python train.py --ckpt deepseek-ai/Janus-Pro-1B --data DIR        the other public policy
-    python train.py --ckpt CKPT --sample "a red bus" --out DIR        images, in GenEval's layout
+    python train.py --ckpt CKPT --sample "a red bus" --out DIR        images, in GenEval's layout; for a run on
+                                                            the embedded world with --data scenes
     python train.py --resume --out DIR                      go on where a run was stopped
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py …     on several GPUs
 
@@ -100,7 +101,7 @@ REWARDS = {
 }
 # Options that cannot be 0, since something is counted or divided by them.
 POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
-clip_eps image_size per_prompt eval_samples save_every"""
+clip_eps max_grad_norm image_size per_prompt eval_samples save_every"""
 
 
 def is_janus(ckpt):
@@ -159,6 +160,9 @@ def parse_config(argv):
         fits = not isinstance(value, (int, float)) or 0 < value < math.inf or (value == 0 and least == "0 or more")
         expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
+    expect(cfg.data != "scenes" or cfg.image_size == world.RESOLUTION, f"--image-size: scenes have {world.RESOLUTION}")
+    overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
+    expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
     expect(max(cfg.policy_ema, cfg.decoder_ema) <= 1, "--policy-ema, --decoder-ema: expected 0 or more, 1 at most")
     cuda = "cuda" in (cfg.device, cfg.t5_device)
     expect(not cuda or torch.cuda.is_available(), "--device or --t5-device cuda: there is none; give cpu")
@@ -204,6 +208,7 @@ def coco_pairs(file):
         content = json.loads(file.read_text("utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(names[note["image_id"]], note["caption"].strip()) for note in content["annotations"]]
+        pairs = [(name, text.encode("utf-8", "ignore").decode()) for name, text in pairs]  # no half emoji
     expect(len(names) == len(content["images"]), f"{file}: two of its images have one id; whose captions are they?")
     folder = file.absolute().parent.parent / file.stem.removeprefix("captions_")
     return [((folder / name if folder.is_dir() else file.parent / name, 0, -1), text) for name, text in pairs if text]
@@ -215,8 +220,9 @@ def list_pairs(source):
     for path in list_files(source) if source.is_dir() else [source]:
         locations[str(path)] = (path, 0, -1)
         if path.suffix == ".tar":
-            with reading(path, "a tar that is whole"), tarfile.open(path, "r:") as tar:
+            with reading(path, "one tar, whole and not compressed"), tarfile.open(path, "r:") as tar:
                 locations |= {f"{path}/{member.name}": (path, member.offset_data, member.size) for member in tar}
+                expect(not any(read_bytes(path, tar.offset, 20480)), "damaged, or several in one")
     for name, location in locations.items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in IMAGE_SUFFIXES:
@@ -245,7 +251,7 @@ class CaptionedImages(Dataset):
             image = try_image(*location, upright=True)
             if image:
                 return caption, center_crop(image, self.size)
-        raise InputError(f"{self.pairs[i][0][0]}: none of {len(self)} images can be read")
+        raise InputError(f"{self.pairs[i][0][0]}: no image of {len(self)} can be read")
 
 
 def batch_indices(n, size, seed, steps, rank, world_size):
@@ -404,7 +410,9 @@ def read_prompts(sample, num_images):
         with reading(file, "a caption a line, or GenEval's .jsonl"):
             lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
             prompts = [json.loads(line) if file.suffix == ".jsonl" else {"prompt": line} for line in lines]
-            expect(all(isinstance(prompt["prompt"], str) for prompt in prompts), "a prompt is no text")
+            expect(all(prompt["prompt"].encode() for prompt in prompts), "a prompt is no text")
+    elif os.path.isfile(file):
+        raise InputError(f"--sample {file}: expected captions, or one file, a .txt, .jsonl or .json")
     expect(prompts, f"--sample {file}: holds no caption")
     return prompts[: num_images or None]
 
@@ -435,7 +443,7 @@ def sample(cfg):
         for (_, _, path), image_tokens, image in zip(batch, tokens.cpu(), images):
             atomic_save(path.with_suffix(".npy"), lambda file: np.save(file, image_tokens.numpy()))
             atomic_save(path, lambda file: to_pil(image).save(file, "PNG"))
-    print(f"{len(prompts) * cfg.per_prompt} images of {len(prompts)} captions are in {cfg.out}")
+    print(f"{len(todo)} images drawn; {cfg.out} holds {len(prompts) * cfg.per_prompt} of {len(prompts)} captions")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -484,9 +492,16 @@ def log_step(path, step, max_steps, logs):
     """A line for people and one of JSON for machines, where numbers that are not finite are null."""
     bad = [name for name, value in logs.items() if not math.isfinite(value)]
     line = "  ".join(f"{name} {logs[name]:.3g}" for name in PRINTED if name in logs)
-    print(f"step {step}/{max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
+    with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` at once; the step is saved all the same
+        print(f"step {step}/{max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
     with reading(path, "a disk with room", OSError, verb="written"), open(path, "a") as file:
         file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
+
+
+def read_log(path, steps):
+    """The log's lines of the first `steps` steps."""
+    with reading(path, "the run's log; an empty file will do"):
+        return "".join(path.read_text().splitlines(keepends=True)[:steps])
 
 
 def print_table(rows):
@@ -528,8 +543,7 @@ def train(cfg):
     rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, base_images)] if scenes else []
     if cfg.resume:
         load_checkpoint(state, models, world_size)
-        rows = state["rows"]
-        log = "".join((out / "log.jsonl").read_text().splitlines(keepends=True)[:start])
+        rows, log = state["rows"], read_log(out / "log.jsonl", start)
     if rank == 0:
         atomic_save(out / "log.jsonl", lambda file: file.write(log.encode()))
 
@@ -572,7 +586,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
     try:
         cfg = parse_config(argv)
