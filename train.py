@@ -336,7 +336,8 @@ def load_checkpoint(state, models, world_size):
         part, saved = getattr(models, name), state.pop(name)
         if "param_groups" in saved:  # an optimizer's: moments alone, since rates are settings
             saved = part.state_dict() | {"state": saved["state"]}
-        part.load_state_dict(saved)
+        with reading("ckpt.pt", "the networks that --ckpt and --data name", (RuntimeError, ValueError), verb="loaded"):
+            part.load_state_dict(saved)
 
 
 def export(out, models, ckpt):
