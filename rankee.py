@@ -52,7 +52,7 @@ class Config:
     rollout_batch_size: Annotated[int, "rollouts sampled at once, whole captions; changes memory, not the samples"] = 32
     micro_batch_size: Annotated[int, "rollouts in a pass with gradients; changes memory, and adaptive GAN weights"] = 4
     gradient_checkpointing: Annotated[bool, "keep only the policy's layer inputs for the backward pass"] = True
-    max_grad_norm: Annotated[float, "largest gradient norm, for each of the three networks"] = 1.0
+    max_grad_norm: Annotated[float, "largest gradient norm, for each network; 1e9 clips none"] = 1.0
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5

@@ -158,7 +158,7 @@ def parse_config(argv):
     for name, value in dataclasses.asdict(cfg).items():
         least = "more than 0" if name in POSITIVE.split() else "0 or more"
         fits = not isinstance(value, (int, float)) or 0 < value < math.inf or (value == 0 and least == "0 or more")
-        expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}")
+        expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}, and finite")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
     expect(cfg.data != "scenes" or cfg.image_size == world.RESOLUTION, f"--image-size: scenes have {world.RESOLUTION}")
     overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
@@ -444,7 +444,7 @@ def sample(cfg):
         for (_, _, path), image_tokens, image in zip(batch, tokens.cpu(), images):
             atomic_save(path.with_suffix(".npy"), lambda file: np.save(file, image_tokens.numpy()))
             atomic_save(path, lambda file: to_pil(image).save(file, "PNG"))
-    print(f"{len(todo)} images drawn; {cfg.out} holds {len(prompts) * cfg.per_prompt} of {len(prompts)} captions")
+    print(f"{len(todo)} of {len(prompts) * cfg.per_prompt} images drawn; the others were in {cfg.out} already")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
