@@ -16,7 +16,6 @@ EXIF orientation is ignored, as by the published tools. Transparency goes over w
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -27,14 +26,14 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.models import inception_v3
 from torchvision.transforms import Normalize
-from tqdm import tqdm
 
-from vq import InputError, atomic_save, build, download, expect, load, load_state_dict, load_vq, reading
+from files.disk import InputError, atomic_save, expect, list_files, reading
+from files.images import center_crop, image_batches, list_images
+from files.weights import build, download, load, load_state_dict
+from vq import load_vq
 
 # ---- Fréchet Inception distance --------------------------------------------------------------------------------------
 
@@ -167,92 +166,6 @@ def token_kl(p, q):
 def token_entropy(p):
     """Entropy in bits of a histogram (V,); log2 V when all codes are used alike."""
     return -(p * p.log2()).sum().item()
-
-
-# ---- images in files -------------------------------------------------------------------------------------------------
-
-IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def list_files(folder):
-    """The files below a folder, sorted: links are followed (a loop of them ends), hidden ones left out."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(parent) not in seen
-        seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if new and name[0] != "."]
-        files += [Path(parent, name) for name in names if new and name[0] != "."]
-    return sorted(files)
-
-
-def list_images(folder):
-    """The images below a folder, and a line that counts them and other files. Raises InputError for none."""
-    files = list_files(folder)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    expect(images, f"{folder}: no images; expected a folder with {', '.join(IMAGE_SUFFIXES)} files")
-    return images, f"{len(images)} images of {folder} ({len(files) - len(images)} other files left out)"
-
-
-def read_bytes(path, offset=0, size=-1):
-    """The bytes of a file, or of `size` bytes in it, as a member of a tar is."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def load_image(path, offset=0, size=-1, upright=False):
-    """An image, where `read_bytes` finds it, as RGB with 8 bits; `upright` obeys its EXIF orientation.
-
-    Grey of 16 bits is scaled, transparency goes over white, other modes are PIL's conversion. Raises
-    ValueError where the range is unknown (float, 32 bits in use), and whatever PIL raises for a damaged file.
-    """
-    with Image.open(io.BytesIO(read_bytes(path, offset, size))) as image:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # I;16 and its byte orders, I, F
-            grey = np.asarray(image)
-            if image.mode == "F" or not 0 <= grey.min() <= grey.max() < 2**16:
-                raise ValueError(f"pixels of 32 bits (mode {image.mode}), of unknown range; save it with 8 or 16")
-            grey = np.where(grey == image.info.get("transparency"), 2**16 - 1, grey)
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-
-
-def center_crop(image, size):
-    """The middle square of a PIL image, resized to `size` pixels with Lanczos: uint8 (size, size, 3)."""
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-
-
-def try_image(path, offset=0, size=-1, upright=False):
-    """`load_image`, or None and a line on stderr where it cannot be read."""
-    try:
-        return load_image(path, offset, size, upright)
-    except Exception as error:  # a decoder may raise anything for a damaged file
-        print(f"left out {path}, byte {offset}: {error!r:.200}", file=sys.stderr)
-
-
-def load_batch(paths, transform):
-    """(path, transformed image) of each that can be read, in a worker process."""
-    images = ((path, try_image(path)) for path in paths)
-    # Arrays go through a pipe; tensors would need /dev/shm, of which a container has 64 MB.
-    return [(path, np.asarray(transform(image))) for path, image in images if image]
-
-
-def image_batches(paths, transform):
-    """Yields (paths, transformed images (b, …)) from worker processes; names what cannot be read.
-
-    Raises InputError where nothing can.
-    """
-    collate, read = partial(load_batch, transform=transform), 0
-    loader = DataLoader(paths, 32, num_workers=min(8, os.cpu_count()), collate_fn=collate)
-    for batch in tqdm(loader, unit=" x 32 images"):
-        if batch:
-            good, arrays = zip(*batch)
-            yield good, torch.from_numpy(np.stack(arrays))
-        read += len(batch)
-    expect(read, f"{Path(paths[0]).parent}: no image of {len(paths)} can be read")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vq import build, count_layers, expect, reading
+from files.disk import expect, reading
+from files.weights import build, count_layers
 
 
 @dataclass(frozen=True)

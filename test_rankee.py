@@ -51,6 +51,9 @@ import policy as policies
 import rankee
 import train
 import vq as vqs
+from files.disk import InputError
+from files.images import load_image, to_pixels
+from files.weights import load, load_state_dict
 from scenes import world
 
 HERE = Path(__file__).parent
@@ -269,10 +272,10 @@ def test_public_files_are_post_trained_and_come_back(data_run):
     assert all(math.isfinite(value) for line in read_log(out) for value in line.values())
     assert all(text in printed for text in ("mute.png: no caption, or not in UTF-8", "broken.png", "step 3/3"))
     assert Image.open(out / "preview-000003.png").size == (190 + 4 * 132, 24 + 8 * 132)  # 4 columns, 8 captions
-    policy, vq = vqs.load_state_dict(CKPT), vqs.load_state_dict(VQ)
+    policy, vq = load_state_dict(CKPT), load_state_dict(VQ)
     policy.pop("freqs_cis")
-    assert changed(policy, vqs.load_state_dict(out / "policy.pt"))
-    parts = {name.split(".")[0] for name in changed(vq, vqs.load_state_dict(out / "vq.pt"))}
+    assert changed(policy, load_state_dict(out / "policy.pt"))
+    parts = {name.split(".")[0] for name in changed(vq, load_state_dict(out / "vq.pt"))}
     assert parts == {"decoder", "post_quant_conv"}
 
 
@@ -284,7 +287,7 @@ def test_janus_is_post_trained_and_comes_back(tmp_path):
     end(start(f"{RUN} {reward} --ckpt {F}/janus --out {tmp_path} --max-steps 1"))
     preset = train.parse_config(["--ckpt", str(F / "janus"), "--data", "x"])
     assert [preset.cfg_scale, preset.top_k, preset.policy_lr, preset.lambda_d] == [5.0, 0, 1e-4, 0.05]
-    was, now = (vqs.load_state_dict(folder) for folder in (F / "janus", tmp_path / "policy"))
+    was, now = (load_state_dict(folder) for folder in (F / "janus", tmp_path / "policy"))
     trained = {name for name in changed(was, now) if now[name].dtype == torch.float32}
     parts = ("language_model.model.layers.", "language_model.model.norm", "gen_embed", "gen_aligner", "gen_head")
     parts += ("gen_vision_model.decoder.", "gen_vision_model.post_quant_conv")
@@ -492,11 +495,11 @@ def test_samples_have_genevals_layout_and_stay(tmp_path):
 @pytest.fixture(scope="session")
 def wrong():
     """A folder of files that cannot be used."""
-    folder, policy, pointer = F / "wrong", vqs.load_state_dict(CKPT), b"version https://git-lfs.github.com/spec/v1"
+    folder, policy, pointer = F / "wrong", load_state_dict(CKPT), b"version https://git-lfs.github.com/spec/v1"
     for name in ("t5-lacks", "t5-lfs", "janus-rotary"):
         shutil.copytree(T5 if name.startswith("t5") else F / "janus", folder / name)
     shutil.copytree(T5, folder / "t5-mute", ignore=shutil.ignore_patterns("*token*"))
-    lacks = {name: x for name, x in vqs.load_state_dict(T5).items() if name != "encoder.final_layer_norm.weight"}
+    lacks = {name: x for name, x in load_state_dict(T5).items() if name != "encoder.final_layer_norm.weight"}
     cut = {name: policy[name][:60] for name in ("tok_embeddings.weight", "output.weight")}
     narrow = {n: x[:, :40].clone() for n, x in policy.items() if n.endswith(("uncond_embedding", "fc1.weight"))}
     contents = {
@@ -584,11 +587,11 @@ def test_what_cannot_be_meant_or_used(capsys, monkeypatch, wrong, tmp_path, says
 
 def test_shards_and_wrappers_of_a_checkpoint_are_read(tmp_path):
     """Else a file that a public program wrote is refused, or half of a sharded one is read."""
-    entries = vqs.load_state_dict(F / "janus")
+    entries = load_state_dict(F / "janus")
     for i, prefix in enumerate(("_orig_mod.module.", "module._orig_mod.")):
         shard = {prefix + name: x for name, x in list(entries.items())[i::2]}
         safetensors.torch.save_file(shard, tmp_path / f"model-{i}.safetensors")
-    close(vqs.load_state_dict(tmp_path), entries)
+    close(load_state_dict(tmp_path), entries)
 
 
 # ---- runs that survive -----------------------------------------------------------------------------------------------
@@ -685,7 +688,7 @@ def test_a_full_disk_leaves_what_was_saved(data_run, tmp_path):
     said = end(start(f"--resume --max-steps 4 --out {out}", fill_disk), status=2)
     assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*"))
     assert all((out / name).read_bytes() == (data_run[0] / name).read_bytes() for name in ("vq.pt", "ckpt.pt"))
-    with pytest.raises(vqs.InputError, match="full: cannot be"), contextlib.redirect_stdout(open("/dev/full", "w")):
+    with pytest.raises(InputError, match="full: cannot be"), contextlib.redirect_stdout(open("/dev/full", "w")):
         train.log_step("/dev/full", 1, 9, {"reward": 1.0})
 
 
@@ -764,7 +767,7 @@ def test_scenes_show_their_captions(scenes_run):
     rows = json.loads((scenes_run[0] / "results.json").read_text())
     expected = [("base", "base", 0), *(("ranke", decoder, step) for step in (1, 2) for decoder in ("base", "own"))]
     assert [(row["method"], row["decoder"], row["step"]) for row in rows] == expected and "frechet" in scenes_run[1]
-    vq, judges = vqs.load(world.FOLDER / "vq.pt", vqs.load_vq, world.NORM_GROUPS), world.Judges(world.FOLDER, "cpu")
+    vq, judges = load(world.FOLDER / "vq.pt", vqs.load_vq, world.NORM_GROUPS), world.Judges(world.FOLDER, "cpu")
     evaluation = world.Evaluation(judges, vq, 256, 0, "cpu")
     real, swapped = (evaluation(vq.encode(x), x) for x in (evaluation.images, evaluation.images.flip(1)))
     assert real["accuracy"] > 0.9 > swapped["accuracy"] and swapped["frechet"] > 3 * real["frechet"]
@@ -829,7 +832,7 @@ def test_tokenizer_is_llamagens():
 
 @pytest.fixture(scope="module")
 def inception():
-    return metrics.fid_inception(vqs.load_state_dict(F / "inception.pth"))
+    return metrics.fid_inception(load_state_dict(F / "inception.pth"))
 
 
 def test_inception_is_the_fid_variant(inception):
@@ -853,7 +856,7 @@ def test_frechet_distance_is_pytorch_fids(case):
 
 def test_lpips_is_the_one_llamagen_trained_with():
     """Else both anchors would hold the decoder to another notion of similar."""
-    lpips = vqs.load(F / "vgg.pth", vqs.load_lpips, vqs.load_state_dict(F / "lpips.pth"))
+    lpips = load(F / "vgg.pth", vqs.load_lpips, load_state_dict(F / "lpips.pth"))
     close(lpips(reference("lpips.a"), reference("lpips.b")), reference("lpips.distance"))
 
 
@@ -1244,7 +1247,7 @@ def test_every_kind_of_image_is_read_on_purpose(tmp_path, image, suffix, expecte
     path = tmp_path / f"x.{suffix}"
     image.save(path, **options)
     with pytest.raises(ValueError, match="32 bits") if expected is None else contextlib.nullcontext():
-        np.testing.assert_allclose(np.asarray(metrics.load_image(path, upright=True)), expected, atol=1)
+        np.testing.assert_allclose(np.asarray(load_image(path, upright=True)), expected, atol=1)
 
 
 def test_clip_command_is_open_clip_on_what_was_drawn(clip_score, tmp_path, capfd):
@@ -1266,11 +1269,11 @@ def test_token_kl_command_is_the_closed_form(tmp_path, capfd):
     """Else the paper's latent covariate shift is another number, with the wrong sign, base or smoothing; or
     images are encoded in another size or range than the tokenizer was trained for.
     """
-    sides, vq = [tmp_path / "a", tmp_path / "b"], vqs.load(VQ, vqs.load_vq)
+    sides, vq = [tmp_path / "a", tmp_path / "b"], load(VQ, vqs.load_vq)
     for side, image in zip(sides, (pixels(256, 320, 3), pixels(4, 5, 3).repeat(64, 0).repeat(64, 1))):
         side.mkdir()
         Image.fromarray(image).save(side / "0.png")
-        np.save(side / "0.npy", vq.encode(train.to_pixels([image[:, 32:-32]])))
+        np.save(side / "0.npy", vq.encode(to_pixels([image[:, 32:-32]])))
     p, q = ((np.bincount(np.load(side / "0.npy")[0], minlength=128) + 1) / (256 + 128) for side in sides)
     expected = [(p * np.log(p / q)).sum(), -(p * np.log2(p)).sum(), -(q * np.log2(q)).sum()]
     for options in (["--vocab-size", 128], ["--vq", VQ]):
@@ -1304,7 +1307,7 @@ def test_a_step_of_xls_shape_fits_into_24_gb():
     with torch.device("cuda"):
         policy, vq = policies.Policy(policies.GPTConfig()), vqs.VQModel(vqs.VQConfig())
         discriminator, images, u = vqs.patch_discriminator(), torch.rand(4, 3, 256, 256), torch.rand(4, 8, 256)
-    lpips = vqs.load(F / "vgg.pth", vqs.load_lpips, vqs.load_state_dict(F / "lpips.pth")).cuda()
+    lpips = load(F / "vgg.pth", vqs.load_lpips, load_state_dict(F / "lpips.pth")).cuda()
     judges = SimpleNamespace(scorer=Redness(1.0, "cuda"), lpips=lpips, discriminator=discriminator)
     cond, mask = torch.randn(4, 120, 2048).cuda(), (torch.arange(120) >= torch.tensor([[20], [90], [0], [50]])).cuda()
     cfg, autocast = rankee.Config(disc_start=0), torch.autocast("cuda", torch.bfloat16)

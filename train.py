@@ -28,7 +28,6 @@ import os
 import signal
 import sys
 import tarfile
-import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -37,15 +36,16 @@ from typing import Annotated, Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metrics import IMAGE_SUFFIXES, center_crop, list_files, open_clip_score, read_bytes, try_image
+from files.disk import InputError, atomic_save, expect, list_files, make_folder, read_bytes, reading
+from files.images import IMAGE_SUFFIXES, center_crop, save_preview, to_pil, to_pixels, try_image
+from files.weights import download, load, load_state_dict, read_checkpoint
+from metrics import open_clip_score
 from policy import JanusTokenizer, T5Encoder, janus_state_dict, load_janus, load_llamagen
 from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
 from scenes import world
-from vq import InputError, atomic_save, download, expect, load, load_state_dict, read_checkpoint, reading
 from vq import load_lpips, load_vq, patch_discriminator
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -261,11 +261,6 @@ def batch_indices(n, size, seed, steps, rank, world_size):
     return np.concatenate(epochs)[:total].reshape(-1, world_size, size)[steps.start :, rank].tolist()
 
 
-def to_pixels(arrays):
-    """uint8 images (H, W, 3) to floats (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def data_batches(dataset, cfg, start, rank, world_size):
     """Yields captions and images (B', 3, H, W) in [-1, 1] for each step; no images for standard RL."""
     size, steps = max(cfg.batch_size, cfg.real_batch_size), range(start, cfg.max_steps)
@@ -360,11 +355,6 @@ def export(out, models, ckpt):
             atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))
 
 
-def make_folder(path):
-    with reading(path, "a folder that can be made; name another with --out", OSError, verb="made"):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -380,25 +370,6 @@ def sample_images(policy, decoders, text_encoder, captions, u, cfg):
     with make_autocast(cfg):
         tokens = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)[0][:, 0]
         return tokens, *(in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders)
-
-
-def to_pil(image):
-    """An image (3, H, W) in [-1, 1] as a PIL image."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def save_preview(path, columns, captions):
-    """Saves images as a grid, a row a caption; columns: label -> images (n, 3, H, W) in [-1, 1]."""
-    font, margin, head, cell = ImageFont.load_default(13), 190, 24, max(128, next(iter(columns.values())).shape[-1])
-    sheet = Image.new("RGB", (margin + len(columns) * (cell + 4), head + len(captions) * (cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, (label, images) in enumerate(columns.items()):
-        draw.text((margin + x * (cell + 4), 4), label, "black", font)
-        for y, (image, caption) in enumerate(zip(images, captions)):
-            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)  # small images unsmoothed
-            sheet.paste(tile, (margin + x * (cell + 4), head + y * (cell + 4)))
-            draw.text((6, head + y * (cell + 4) + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
-    atomic_save(path, lambda file: sheet.save(file, "PNG"))
 
 
 def read_prompts(sample, num_images):

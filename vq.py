@@ -11,25 +11,18 @@ Departure from VQ-GAN: the discriminator uses GroupNorm for BatchNorm, so an ima
 the images beside it nor on train() and eval(), and several processes need not share statistics.
 
 Axes: B images of N = h·w codes, V codes of d dimensions in the codebook. Pixels are in [-1, 1].
-The last section reads and writes checkpoint files.
 """
 
-import argparse
-import contextlib
-import os
-import pickle
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 from torchvision.models import vgg16
 from torchvision.transforms import Normalize
+
+from files.weights import build, count_layers
 
 
 @dataclass(frozen=True)
@@ -269,127 +262,3 @@ def load_lpips(vgg_state_dict, linear_state_dict):
     slices = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
     widths = (64, 128, 256, 512, 512)
     return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().view(n) for i, n in enumerate(widths)])
-
-
-# ---- checkpoint files ------------------------------------------------------------------------------------------------
-
-
-class InputError(Exception):
-    """What the user gave cannot be used. One line: option, file or data, what was expected, what to do."""
-
-
-def expect(condition, message):
-    """Raises InputError where what the user gave is not as it must be."""
-    if not condition:
-        raise InputError(message)
-
-
-@contextlib.contextmanager
-def reading(path, expected, errors=Exception, verb="read"):
-    """Turns what is raised inside into InputError: for damage a library raises any of a dozen types.
-
-    Code of ours stays outside, or `errors` is narrow: a bug of ours keeps its traceback.
-    """
-    try:
-        yield
-    except errors as error:
-        # PyTorch's own words for such a file advise to switch its protection off.
-        reason = "holds code, or no weights" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.300}"
-        for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if verb == "read" else []):
-            reason = f"{file.name} is text: a Git-LFS pointer or a web page"
-        raise InputError(f"{path}: cannot be {verb} ({reason}); expected {expected}") from error
-
-
-def is_pointer_or_page(path):
-    if not (path.is_file() and os.access(path, os.R_OK)):
-        return False
-    with open(path, "rb") as file:
-        return file.read(9).startswith((b"version h", b"<"))
-
-
-def read_checkpoint(path):
-    """What torch.save or safetensors wrote, memory-mapped. Raises InputError, also for a pickle with code."""
-    with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
-        if Path(path).suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def load_state_dict(path):
-    """Tensors by name, from a checkpoint's file or folder: bare, or under model, module or state_dict.
-
-    Wrappers' prefixes are cut off. A folder's files are parts of one: a lost part shows as missing entries.
-    """
-    state_dict, folder = {}, Path(path)
-    for part in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")) or [path]:
-        content = read_checkpoint(part)
-        for key in ("model", "module", "state_dict"):
-            content = content.get(key, content) if isinstance(content, dict) else {}
-        tensors = content and all(isinstance(n, str) and isinstance(x, torch.Tensor) for n, x in content.items())
-        expect(tensors, f"{part}: holds other things than tensors by name")
-        state_dict |= content
-    while all(name.startswith(("module.", "_orig_mod.")) for name in state_dict):  # DDP's, torch.compile's
-        state_dict = {name.split(".", 1)[1]: x for name, x in state_dict.items()}
-    return state_dict
-
-
-def load(path, loader, *args):
-    """loader(the file's state dict, *args); one-line InputError for missing, surplus or misshapen entries."""
-    state_dict = load_state_dict(path)
-    refusals = (InputError, KeyError, RuntimeError, TypeError, ValueError)
-    with reading(path, f"what {loader.__name__} reads", refusals, verb="loaded"):
-        return loader(state_dict, *args)
-
-
-def count_layers(state_dict, prefix):
-    """How many layers PREFIX0., PREFIX1., … there are."""
-    return len({name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)})
-
-
-def build(make_module, state_dict):
-    """make_module(), built without memory and given these weights in float32; every entry must fit."""
-    with torch.device("meta"):
-        module = make_module()
-    module.load_state_dict(state_dict, assign=True)
-    return module.float()
-
-
-def download(source):
-    """The path of a public file, fetched once by the library that knows it; raises whatever that raises.
-
-    `source`: "https://…/NAME#HASH", kept by torch.hub if its SHA-256 begins so; or a file, OWNER/REPO/NAME,
-    or a whole repository, OWNER/REPO, of the Hugging Face hub.
-    """
-    if not source.startswith("http"):
-        owner, repo, *name = source.split("/")
-        if name:
-            return hf_hub_download(f"{owner}/{repo}", "/".join(name))
-        folder = snapshot_download(source, allow_patterns=["*.json", "*.model", "*.safetensors"])
-        if not list(Path(folder).glob("*.safetensors")):  # where both are there, they hold the same weights
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    url, sha256 = source.split("#")
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    return path
-
-
-def atomic_save(path, write):
-    """Lets write(file) fill a file beside `path`, then renames it: a reader finds the old or the new one.
-
-    Raises InputError where it cannot be written; what was there before is untouched.
-    """
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but from torch.save a RuntimeError
-        with contextlib.suppress(OSError):  # where there is no such folder, for one
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error}); what was there before is untouched") from error

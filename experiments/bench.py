@@ -23,10 +23,11 @@ from torchvision.models import vgg16
 import policy as policies
 import train
 from experiments.curves import run_script, script_parser
+from files.disk import expect
 from metrics import CLIPScore
 from policy import GPTConfig, Policy, decode_n_tokens, generate
 from rankee import Models, rollout, update_decoder, update_policy
-from vq import VQConfig, VQModel, expect, load_lpips, patch_discriminator
+from vq import VQConfig, VQModel, load_lpips, patch_discriminator
 
 MODELS = {  # LlamaGen's; tiny is about the embedded world's
     "XL": GPTConfig(dim=1280, n_layer=36, head_dim=64, ffn_dim=3584),

@@ -28,9 +28,10 @@ import numpy as np
 
 import train
 from experiments.curves import run_script, save_figure, script_parser
+from files.disk import atomic_save, expect, make_folder
+from files.weights import read_checkpoint
 from rankee import random_stream, uniform
 from scenes import world
-from vq import atomic_save, expect, read_checkpoint
 
 # Key: the options that make it of RankE. The order is that of tables and legends, nothing else.
 ABLATIONS = {
@@ -175,7 +176,7 @@ def compare(args, options):
     bases, commands, configs = {}, {}, {}
     for seed, key in itertools.product(seeds, keys):
         folder = out / f"seed-{seed}"
-        train.make_folder(folder)
+        make_folder(folder)
         here = ["--seed", str(seed), "--out"]
         of_run = ["--eval-every", "20", *options, *ABLATIONS[key].split(), *here, str(folder / key)]
         if args.own_bases:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vq import InputError, atomic_save, expect, reading
+from files.disk import InputError, atomic_save, expect, reading
 
 
 def smooth(values, width):

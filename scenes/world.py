@@ -29,10 +29,12 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
+from files.disk import atomic_save, expect, reading
+from files.weights import read_checkpoint
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
 from policy import GPTConfig, Policy, left_pad, token_logprobs
 from rankee import hinge_d_loss, in_batches, random_stream, reconstruction_anchor
-from vq import LPIPS, VQConfig, VQModel, atomic_save, expect, patch_discriminator, read_checkpoint, reading
+from vq import LPIPS, VQConfig, VQModel, patch_discriminator
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32

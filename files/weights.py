@@ -1,0 +1,81 @@
+"""Weights in files: public ones are fetched once, every entry must fit, and what is saved is LlamaGen's layout."""
+
+import argparse
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+
+from files.disk import InputError, expect, reading
+
+
+def download(source):
+    """The path of a public file, fetched once by the library that knows it; raises whatever that raises.
+
+    `source`: "https://…/NAME#HASH", kept by torch.hub if its SHA-256 begins so; or a file, OWNER/REPO/NAME,
+    or a whole repository, OWNER/REPO, of the Hugging Face hub.
+    """
+    if not source.startswith("http"):
+        owner, repo, *name = source.split("/")
+        if name:
+            return hf_hub_download(f"{owner}/{repo}", "/".join(name))
+        folder = snapshot_download(source, allow_patterns=["*.json", "*.model", "*.safetensors"])
+        if not list(Path(folder).glob("*.safetensors")):  # where both are there, they hold the same weights
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return folder
+    url, sha256 = source.split("#")
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    return path
+
+
+def read_checkpoint(path):
+    """What torch.save or safetensors wrote, memory-mapped. Raises InputError, also for a pickle with code."""
+    with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def load_state_dict(path):
+    """Tensors by name, from a checkpoint's file or folder: bare, or under model, module or state_dict.
+
+    Wrappers' prefixes are cut off. A folder's files are parts of one: a lost part shows as missing entries.
+    """
+    state_dict, folder = {}, Path(path)
+    for part in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")) or [path]:
+        content = read_checkpoint(part)
+        for key in ("model", "module", "state_dict"):
+            content = content.get(key, content) if isinstance(content, dict) else {}
+        tensors = content and all(isinstance(n, str) and isinstance(x, torch.Tensor) for n, x in content.items())
+        expect(tensors, f"{part}: holds other things than tensors by name")
+        state_dict |= content
+    while all(name.startswith(("module.", "_orig_mod.")) for name in state_dict):  # DDP's, torch.compile's
+        state_dict = {name.split(".", 1)[1]: x for name, x in state_dict.items()}
+    return state_dict
+
+
+def load(path, loader, *args):
+    """loader(the file's state dict, *args); one-line InputError for missing, surplus or misshapen entries."""
+    state_dict = load_state_dict(path)
+    refusals = (InputError, KeyError, RuntimeError, TypeError, ValueError)
+    with reading(path, f"what {loader.__name__} reads", refusals, verb="loaded"):
+        return loader(state_dict, *args)
+
+
+def count_layers(state_dict, prefix):
+    """How many layers PREFIX0., PREFIX1., … there are."""
+    return len({name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)})
+
+
+def build(make_module, state_dict):
+    """make_module(), built without memory and given these weights in float32; every entry must fit."""
+    with torch.device("meta"):
+        module = make_module()
+    module.load_state_dict(state_dict, assign=True)
+    return module.float()
