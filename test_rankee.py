@@ -54,6 +54,7 @@ import vq as vqs
 from files.disk import InputError
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
+from public import data
 from scenes import world
 
 HERE = Path(__file__).parent
@@ -390,14 +391,14 @@ def test_every_data_layout_gives_the_same_pairs(tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path / "annotations")
     for name in ("../pairs", "../a/b", "captions_pairs.json", "../pairs/all.json"):
-        data = train.CaptionedImages(train.list_pairs(Path(name)), 32)
-        assert len(data) == (5 if name == "../pairs" else 4)
+        dataset = data.CaptionedImages(data.list_pairs(Path(name)), 32)
+        assert len(dataset) == (5 if name == "../pairs" else 4)
         for i in range(4):
             image = ImageOps.exif_transpose(Image.open(F / "pairs" / f"{i}.png"))
             expected = ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS)
-            assert data[i][0] == CAPTIONS[i] and (data[i][1] == np.asarray(expected)).all()
+            assert dataset[i][0] == CAPTIONS[i] and (dataset[i][1] == np.asarray(expected)).all()
         if name == "../pairs":  # the place of the image that cannot be read goes to the next
-            assert (data.pairs[4][1], data[4][0]) == ("half a\u2028picture", CAPTIONS[0])
+            assert (dataset.pairs[4][1], dataset[4][0]) == ("half a\u2028picture", CAPTIONS[0])
             left_out = re.findall(r"left out .*/(\w+)\.png", capsys.readouterr().err)
             assert left_out == ["blank", "latin", "mute", "broken"]
     assert sorted(tmp_path.rglob("*")) == before
@@ -409,7 +410,7 @@ def test_captions_to_draw_hold_any_separator_and_are_one_an_image(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(captions) + "\n\n", "utf-8-sig")
     write_coco(tmp_path / "a.json", range(4), [(0, "two cats"), (3, " ")])
     for name, expected in {"a.txt": captions, "a.json": CAPTIONS}.items():
-        prompts = train.read_prompts([str(tmp_path / name)], 0)
+        prompts = data.read_prompts([str(tmp_path / name)], 0)
         assert sorted(prompt["prompt"] for prompt in prompts) == sorted(expected)
 
 
@@ -417,11 +418,11 @@ def test_data_order_is_a_function_of_seed_and_step():
     """Else a resumed run trains on other pictures, an epoch leaves some out, or two processes train on the
     same, also of the embedded world.
     """
-    batches = [list(train.batch_indices(10, 3, 0, range(10), rank, 2)) for rank in (0, 1)]
+    batches = [list(data.batch_indices(10, 3, 0, range(10), rank, 2)) for rank in (0, 1)]
     order = [i for pair in zip(*batches) for batch in pair for i in batch]
     epochs = [order[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert list(train.batch_indices(10, 3, 1, range(10), 0, 2)) != batches[0]
+    assert list(data.batch_indices(10, 3, 1, range(10), 0, 2)) != batches[0]
     others = ((0, 0, 0, 2), (0, 1, 0, 2), (0, 0, 1, 2), (1, 0, 0, 2))  # seed, step, process
     assert len({tuple(next(world.batches(3, *other))[0]) for other in others}) == 4
 

@@ -1,0 +1,1 @@
+"""The public world: checkpoints, captions and images that other people made."""
