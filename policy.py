@@ -21,11 +21,9 @@ Easy to get wrong:
 Axes: B captions, G rollouts each, R = B·G rows, T text positions, N image tokens, V codes, C text channels.
 """
 
-import html
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from urllib.parse import unquote_plus
 
 import torch
 import torch.nn.functional as F
@@ -383,67 +381,6 @@ def left_pad(rows, length):
             raise ValueError(f"a caption has {len(row)} text features; the policy takes 1 to {length}")
     padded = torch.stack([torch.cat([row.new_zeros(length - len(row), *row.shape[1:]), row]) for row in rows])
     return padded, torch.stack([torch.arange(length, device=row.device) >= length - len(row) for row in rows])
-
-
-# LlamaGen's captions were cleaned before flan-t5 read them, by rules for captions off the web. In order,
-# those that change an ordinary caption; left out: those for addresses, file names, product codes and markup.
-CLEANING = [
-    ('["`´«»“”¨]', '"'),
-    ("[‘’]", "'"),
-    ("[\"']{2,}", '"'),
-    (r"[.]{2,}", " "),
-    (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
-    (r"\b\s+:\s+", ": "),
-    (r"(\D[,.])\b", r"\1 "),  # "red,green" and "street.a dog" miss a space
-    (r"\s+", " "),
-    ("^[\"'](.+)[\"']$", r"\1"),
-    ("^['_,:;-]|['_,:+-]$", ""),
-]
-
-
-def clean_caption(text):
-    """A caption as LlamaGen's text encoder was given it: lower case, plain quotes and dashes, one space."""
-    for _ in range(2):  # theirs runs twice; what the first pass uncovers at the ends, the second takes off
-        text = html.unescape(unquote_plus(text)).strip().lower()
-        text = re.sub("[-\u2010-\u2015]+", "-", text)
-        if len(re.findall("[-_]", text)) > 3:  # this-is-a-cat-with-a-hat
-            text = re.sub("[-_]", " ", text)
-        for pattern, replacement in CLEANING:
-            text = re.sub(pattern, replacement, text)
-    return text.strip()
-
-
-class T5Encoder:
-    """LlamaGen's text encoder, flan-t5-xl, from its folder; in bf16 on a GPU, 2.4 GB.
-
-    `dim` is C, `max_length` the largest T. Needs the package transformers.
-    Raises InputError for a folder that is not whole, or another encoder's.
-    """
-
-    def __init__(self, folder, dim, max_length, device, encoder_device):
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        self.max_length, self.device = max_length, device
-        dtype = torch.bfloat16 if torch.device(encoder_device).type == "cuda" else torch.float32
-        with reading(folder, "the folder of flan-t5-xl, whole"):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-            options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-            self.encoder, info = T5EncoderModel.from_pretrained(folder, **options)
-        self.encoder.to(encoder_device).eval().requires_grad_(False)
-        expect(not info["missing_keys"], f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}")
-        # Without its files transformers silently makes an empty tokenizer, which reads every word as <unk>.
-        known = self.tokenizer.unk_token_id not in self.tokenizer("a photo of two red dogs").input_ids
-        expect(known, f"{folder}: its tokenizer does not know ordinary words; expected flan-t5-xl's, whole")
-        width = self.encoder.config.d_model
-        expect(width == dim, f"{folder}: has features {width} wide; the policy takes {dim}")
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        inputs = self.tokenizer([clean_caption(text) for text in captions], **options).to(self.encoder.device)
-        cond = self.encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
-        return cond.float().to(self.device), inputs.attention_mask.bool().to(self.device)
 
 
 class JanusTokenizer:

@@ -54,7 +54,7 @@ import vq as vqs
 from files.disk import InputError
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
-from public import data
+from public import data, llamagen
 from scenes import world
 
 HERE = Path(__file__).parent
@@ -441,14 +441,14 @@ CLEANED = {
 
 def test_captions_are_cleaned_as_llamagens_were():
     """Else T5 reads other words than the policy learned from. Expected: LlamaGen's cleaning, run by hand."""
-    assert {caption: policies.clean_caption(caption) for caption in CLEANED} == CLEANED
+    assert {caption: llamagen.clean_caption(caption) for caption in CLEANED} == CLEANED
 
 
 def test_text_features_are_on_the_left_padded_side_and_each_captions_own():
     """Else a caption's features change with its neighbours' lengths, or a model trained with text in the last
     positions reads holes there. n words have n + 1 features, </s> the last.
     """
-    encoder = policies.T5Encoder(T5, 48, 12, "cpu", "cpu")
+    encoder = llamagen.T5Encoder(T5, 48, 12, "cpu", "cpu")
     cond, mask = encoder(CAPTIONS)
     assert mask.sum(1).tolist() == [4, 5, 6, 4] and mask[:, -4:].all()
     for row, row_mask, caption in zip(cond, mask, CAPTIONS):
