@@ -54,7 +54,7 @@ import vq as vqs
 from files.disk import InputError
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
-from public import data, llamagen
+from public import data, janus, llamagen
 from scenes import world
 
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def load_llamagen(entries):
 
 
 def load_janus(entries):
-    return policies.load_janus(entries, META["janus"], META["janus"]["pad_id"], grid_size=4)
+    return janus.load_janus(entries, META["janus"], META["janus"]["pad_id"], grid_size=4)
 
 
 @pytest.fixture(scope="module", params=["llamagen", "janus"])
@@ -458,7 +458,7 @@ def test_text_features_are_on_the_left_padded_side_and_each_captions_own():
 
 def test_janus_prompts():
     """Else Janus reads another prompt than it was trained on, or a long caption cuts off what follows it."""
-    ids, mask = policies.JanusTokenizer(F / "janus", "cpu")(["a red bus", "bus " * 1000])
+    ids, mask = janus.JanusTokenizer(F / "janus", "cpu")(["a red bus", "bus " * 1000])
     words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(F / "janus" / "tokenizer.json"))
     begin, end_ = "<｜begin▁of▁sentence｜><|User|>: ", "\n\n<|Assistant|>:<begin_of_image>"
     assert words.decode(ids[0][mask[0]]) == f"{begin}a red bus{end_}" and ids.shape == (2, 512) and mask[1].all()
@@ -792,7 +792,7 @@ def test_policy_scores_and_samples_like_the_public_program(request, backbone):
 def test_janus_goes_back_as_it_came():
     """Else what is saved is no Janus: its program would turn wrong halves of a head, or meet other names."""
     entries, others = filled("janus"), ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
-    back = policies.janus_state_dict(load_janus(filled("janus")).state_dict(), 16)
+    back = janus.janus_state_dict(load_janus(filled("janus")).state_dict(), 16)
     close(back, {name: x for name, x in entries.items() if not name.startswith(others)}, atol=0)
     close(vqs.load_vq(entries).decode(reference("janus.tokens")), reference("janus.decoded"))
 

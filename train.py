@@ -42,8 +42,9 @@ from files.disk import InputError, atomic_save, expect, make_folder, reading
 from files.images import save_preview, to_pil, to_pixels
 from files.weights import download, load, load_state_dict, read_checkpoint
 from metrics import open_clip_score
-from policy import JanusTokenizer, janus_state_dict, load_janus, load_llamagen
+from policy import load_llamagen
 from public.data import CaptionedImages, data_batches, list_pairs, read_prompts
+from public.janus import JanusTokenizer, janus_state_dict, load_janus
 from public.llamagen import T5Encoder
 from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
 from scenes import world
