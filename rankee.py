@@ -27,6 +27,7 @@ Real images are (B', 3, H, W), drawn ones (R, 3, H, W), all in [-1, 1].
 import copy
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -173,30 +174,42 @@ def uniform(stream, *shape):
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class World:
+    """What a run is made of: networks, data, what is watched. Another data set or model is another `World`."""
+
+    policy: torch.nn.Module  # π_θ
+    vq: torch.nn.Module  # tokenizer; D_φ is its decoder
+    text_encoder: Callable  # captions → cond, cond_mask (see policy.py)
+    scorer: torch.nn.Module  # r: encode_text(captions) → (B, dim); images (R, 3, H, W), (R, dim) → rewards (R,)
+    lpips: torch.nn.Module  # two batches of images → distances (B,); None will do for standard RL
+    discriminator: torch.nn.Module  # images → logits (B, 1, h, w)
+    batches: Callable  # first step, process, processes → yields a step's captions and real images (B', 3, H, W)
+    captions: list  # drawn before, during and after the run; the first 8 are shown
+    images: torch.Tensor  # (8, 3, H, W), real images of the first 8
+    evaluate: Callable | None  # tokens and images drawn for `captions` → numbers by name, if the world has any
+    save_networks: Callable  # folder, networks by name: files for other programs
+
+
 class Models:
-    """The networks of a run and their optimizers.
+    """The networks of a run, those that learn with their optimizers, and the slow copies that hold them."""
 
-    `text_encoder`, frozen: captions → cond, cond_mask (see policy.py). `judges` has three networks:
-    - `scorer`, frozen: `encode_text(captions)` → (B, dim); images (R, 3, H, W), text_emb (R, dim) → rewards (R,)
-    - `lpips`, frozen: two batches of images → distances (B,)
-    - `discriminator`: images → logits (B, 1, h, w)
-    """
-
-    def __init__(self, policy, vq, text_encoder, judges, autocast, cfg):
-        self.text_encoder, self.scorer, self.lpips = text_encoder, judges.scorer, judges.lpips
-        self.discriminator = judges.discriminator
+    def __init__(self, world, autocast, cfg):
+        self.text_encoder, self.scorer, self.lpips = world.text_encoder, world.scorer, world.lpips  # frozen
+        self.policy, self.vq, self.discriminator = world.policy, world.vq, world.discriminator
         self.autocast = autocast  # bf16 on a GPU, off otherwise; losses and norms are float32 either way
-        self.policy, self.policy_ema = policy, copy.deepcopy(policy).requires_grad_(False)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         # A third copy only where it is asked for: it is 3 GB at XL.
         self.ref_policy = self.policy_ema if cfg.ref_policy == "ema" else copy.deepcopy(self.policy_ema)
-        self.vq, self.vq_ema = vq.requires_grad_(False), copy.deepcopy(vq)
-        for weight in vq.decoder_parameters():
+        self.vq_ema = copy.deepcopy(self.vq).requires_grad_(False)
+        self.vq.requires_grad_(False)
+        for weight in self.vq.decoder_parameters():
             weight.requires_grad_(True)
         # Fused where it can be: the default makes temporaries as large as the policy.
-        options = {"weight_decay": cfg.weight_decay, "fused": next(policy.parameters()).is_cuda}
+        options = {"weight_decay": cfg.weight_decay, "fused": next(self.policy.parameters()).is_cuda}
         gan_options = options | {"betas": (0.9, 0.95)}  # as LlamaGen's tokenizer was trained
-        self.policy_optimizer = torch.optim.AdamW(policy.parameters(), cfg.policy_lr, **options)
-        self.decoder_optimizer = torch.optim.AdamW(vq.decoder_parameters(), cfg.decoder_lr, **gan_options)
+        self.policy_optimizer = torch.optim.AdamW(self.policy.parameters(), cfg.policy_lr, **options)
+        self.decoder_optimizer = torch.optim.AdamW(self.vq.decoder_parameters(), cfg.decoder_lr, **gan_options)
         self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), cfg.disc_lr, **gan_options)
 
 

@@ -48,6 +48,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metrics
 import policy as policies
+import public.world
 import rankee
 import train
 import vq as vqs
@@ -55,7 +56,7 @@ from files.disk import InputError
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
 from public import data, janus, llamagen
-from scenes import world
+from scenes import world as scenes
 
 HERE = Path(__file__).parent
 REFERENCE = np.load(HERE / "testdata" / "reference.npz")
@@ -353,7 +354,7 @@ def test_public_files_are_fetched_once(tmp_path, monkeypatch):
     Hub.cut.clear()
     for fetched in (["lpips.pth", "vgg.pth"], []):  # only what had not come whole, and that once
         Hub.fetched.clear()
-        train.resolve_files(train.parse_config(arguments.split()))
+        public.world.resolve_files(train.parse_config(arguments.split()))
         assert sorted(Hub.fetched) == fetched
     server.shutdown()
     end(start(arguments, no_network))
@@ -424,7 +425,7 @@ def test_data_order_is_a_function_of_seed_and_step():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
     assert list(data.batch_indices(10, 3, 1, range(10), 0, 2)) != batches[0]
     others = ((0, 0, 0, 2), (0, 1, 0, 2), (0, 0, 1, 2), (1, 0, 0, 2))  # seed, step, process
-    assert len({tuple(next(world.batches(3, *other))[0]) for other in others}) == 4
+    assert len({tuple(next(scenes.batches(3, *other))[0]) for other in others}) == 4
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -768,9 +769,9 @@ def test_scenes_show_their_captions(scenes_run):
     rows = json.loads((scenes_run[0] / "results.json").read_text())
     expected = [("base", "base", 0), *(("ranke", decoder, step) for step in (1, 2) for decoder in ("base", "own"))]
     assert [(row["method"], row["decoder"], row["step"]) for row in rows] == expected and "frechet" in scenes_run[1]
-    vq, judges = load(world.FOLDER / "vq.pt", vqs.load_vq, world.NORM_GROUPS), world.Judges(world.FOLDER, "cpu")
-    evaluation = world.Evaluation(judges, vq, 256, 0, "cpu")
-    real, swapped = (evaluation(vq.encode(x), x) for x in (evaluation.images, evaluation.images.flip(1)))
+    base = scenes.load_world(train.parse_config(["--eval-samples", "256"]))
+    images = base.evaluate.images
+    real, swapped = (base.evaluate(base.vq.encode(x), x) for x in (images, images.flip(1)))
     assert real["accuracy"] > 0.9 > swapped["accuracy"] and swapped["frechet"] > 3 * real["frechet"]
     assert real["token_kl"] < 0.1 and real["clip"] > swapped["clip"] + 10
 
@@ -1003,8 +1004,9 @@ def make_models(cfg, scorer=Redness(1.0)):
     nn.init.normal_(vq.decoder.conv_out.weight, std=0.1)
     lpips = vqs.LPIPS([nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3))], [torch.rand(8)] * 2)
     discriminator = vqs.patch_discriminator(ndf=8, n_layers=1, kernel=3)
-    judges = SimpleNamespace(scorer=scorer, lpips=lpips, discriminator=discriminator)
-    return rankee.Models(policy, vq, text_encoder, judges, torch.autocast("cpu", enabled=False), cfg)
+    networks = {"scorer": scorer, "lpips": lpips, "discriminator": discriminator}
+    world = SimpleNamespace(policy=policy, vq=vq, text_encoder=text_encoder, **networks)
+    return rankee.Models(world, torch.autocast("cpu", enabled=False), cfg)
 
 
 def batch(captions=2):
@@ -1309,10 +1311,11 @@ def test_a_step_of_xls_shape_fits_into_24_gb():
         policy, vq = policies.Policy(policies.GPTConfig()), vqs.VQModel(vqs.VQConfig())
         discriminator, images, u = vqs.patch_discriminator(), torch.rand(4, 3, 256, 256), torch.rand(4, 8, 256)
     lpips = load(F / "vgg.pth", vqs.load_lpips, load_state_dict(F / "lpips.pth")).cuda()
-    judges = SimpleNamespace(scorer=Redness(1.0, "cuda"), lpips=lpips, discriminator=discriminator)
+    networks = {"scorer": Redness(1.0, "cuda"), "lpips": lpips, "discriminator": discriminator}
     cond, mask = torch.randn(4, 120, 2048).cuda(), (torch.arange(120) >= torch.tensor([[20], [90], [0], [50]])).cuda()
     cfg, autocast = rankee.Config(disc_start=0), torch.autocast("cuda", torch.bfloat16)
-    models = rankee.Models(policy, vq, lambda captions: (cond, mask), judges, autocast, cfg)
+    world = SimpleNamespace(policy=policy, vq=vq, text_encoder=lambda captions: (cond, mask), **networks)
+    models = rankee.Models(world, autocast, cfg)
     for step in range(2):
         logs = rankee.train_step(models, CAPTIONS, images * 2 - 1, u, step, cfg)
         assert all(map(math.isfinite, logs.values())), logs

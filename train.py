@@ -11,7 +11,7 @@
 
 --data is a folder of images with .txt captions of the same names, webdataset tars of these, or a COCO
 captions .json. Every option of the method is a field of `rankee.Config`, whose defaults are the authors' for
-LlamaGen; `SCENES` and `JANUS` hold what differs. A run leaves in --out: log.jsonl (a line a step),
+LlamaGen; each world's `preset` holds what differs. A run leaves in --out: log.jsonl (a line a step),
 preview-….png, policy.pt, policy_ema.pt and vq.pt (with the decoder's EMA) in LlamaGen's layout, or folders in
 Janus-Pro's; on the embedded world results.json; and ckpt.pt, one dict of settings, step, weights and
 optimizers. No random state: what a step draws is a function of seed, step and process.
@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -38,33 +37,31 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import public.world
+import scenes.world
 from files.disk import InputError, atomic_save, expect, make_folder, reading
-from files.images import save_preview, to_pil, to_pixels
-from files.weights import download, load, load_state_dict, read_checkpoint
-from metrics import open_clip_score
-from policy import load_llamagen
-from public.data import CaptionedImages, data_batches, list_pairs, read_prompts
-from public.janus import JanusTokenizer, janus_state_dict, load_janus
-from public.llamagen import T5Encoder
+from files.images import save_preview, to_pil
+from files.weights import read_checkpoint
+from public.data import read_prompts
 from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
-from scenes import world
-from vq import load_lpips, load_vq, patch_discriminator
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
-
-LLAMAGEN, LLAMAGEN_XL = "peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt"
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """The method's settings and a run's. Networks are public files by default (`vq.download`), else paths."""
+    """The method's settings and a run's. Networks are public files by default (`files.weights.download`), else paths."""
 
     out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
     seed: Annotated[int, "seed of everything that is drawn"] = 0
-    ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run's, or a public name"] = LLAMAGEN_XL
-    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; Janus-Pro has its own"] = f"{LLAMAGEN}/vq_ds16_t2i.pt"
+    ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run's, or a public name"] = (
+        "t2i_XL_stage1_256.pt"
+    )
+    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; Janus-Pro has its own"] = (
+        "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
+    )
     image_size: Annotated[int, "pixels a side; over the tokenizer's factor: the token grid"] = 256
     data: Annotated[str, "images with captions, see above; or the word scenes"] = ""
     t5: Annotated[str, "LlamaGen's text encoder"] = "google/flan-t5-xl"
@@ -79,37 +76,21 @@ class TrainConfig(Config):
     per_prompt: Annotated[int, "images a caption of --sample"] = 1
     device: Annotated[Literal["cpu", "cuda"], "where it runs"] = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Annotated[Literal["auto", "float32", "bf16"], "of passes; auto: bf16 on cuda"] = "auto"
-    base: Annotated[str, "folder of the embedded world's base"] = str(world.FOLDER)
+    base: Annotated[str, "folder of the embedded world's base"] = str(Path(__file__).with_name("scenes"))
     eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 2048
     eval_every: Annotated[int, "steps between evaluations on the embedded world; 0: the last step alone"] = 0
     save_every: Annotated[int, "steps between checkpoints and previews; the last step always makes them"] = 500
     resume: Annotated[bool, "go on from --out's checkpoint with its settings, but for those given"] = False
 
 
-# What the embedded world sets, found by measurement (experiments/README.md); all else is `Config`'s default.
-SCENES = f"""
---out runs/scenes --data scenes --image-size {world.RESOLUTION} --max-steps 80 --batch-size 16 --cfg-scale 4 --top-k 0
---rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --cfg-logprobs --rank-k 2 --rank-zscore
---policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
---disc-lr 1e-3 --disc-start 0 --lambda-d 0.05 --decoder-ema 0.9
-"""
-# The authors' settings for Janus-Pro-1B, where they differ from LlamaGen-XL's.
-# They accumulate two batches of 2 captions, which is our batch of 4.
-JANUS = "--out runs/janus --image-size 384 --cfg-scale 5 --top-k 0 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5"
-# The scorer's name in open_clip, and where its weights are published.
-REWARDS = {
-    "clip": ("ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors"),
-    "hpsv2": ("ViT-H-14", "xswu/HPSv2/HPS_v2.1_compressed.pt"),
-}
 # Options that cannot be 0, since something is counted or divided by them.
 POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
 clip_eps max_grad_norm image_size per_prompt eval_samples save_every"""
 
 
-def is_janus(ckpt):
-    """Whether a checkpoint is Janus-Pro's: a folder with a config.json, or the name of a repository."""
-    path = Path(ckpt)
-    return (path / "config.json").is_file() or (not path.exists() and len(path.parts) == 2 and not path.suffix)
+def world_of(data):
+    """The module of a world: `preset`, `resolve_files`, `load_pretrained` and `load_world` (a `rankee.World`)."""
+    return scenes.world if data == "scenes" else public.world
 
 
 def option_parser():
@@ -142,12 +123,8 @@ def parse_config(argv):
         policy = next((path for path in (run / "policy.pt", run / "policy") if path.exists()), run)
         own = {"vq": str(policy.parent / "vq.pt")} if (policy.parent / "vq.pt").exists() else {}
         given = own | given | {"ckpt": str(policy)}
-    scenes = given.get("data", "" if "ckpt" in given else "scenes") == "scenes"
-    preset = SCENES if scenes else JANUS if is_janus(given.get("ckpt", TrainConfig.ckpt)) else ""
-    settings = vars(parser.parse_args(preset.split()))
-    if scenes:
-        base = Path(given.get("base", world.FOLDER))
-        settings |= {"ckpt": str(base / "policy.pt"), "vq": str(base / "vq.pt")}
+    data = given.get("data", "" if "ckpt" in given else "scenes")
+    settings = vars(parser.parse_args(world_of(data).preset(given)))
     if given.get("resume"):
         file = Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt")
         settings = read_checkpoint(file).get("config", {})
@@ -162,7 +139,6 @@ def parse_config(argv):
         fits = not isinstance(value, (int, float)) or 0 < value < math.inf or (value == 0 and least == "0 or more")
         expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}, and finite")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
-    expect(cfg.data != "scenes" or cfg.image_size == world.RESOLUTION, f"--image-size: scenes have {world.RESOLUTION}")
     overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
     expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
     expect(max(cfg.policy_ema, cfg.decoder_ema) <= 1, "--policy-ema, --decoder-ema: expected 0 or more, 1 at most")
@@ -171,72 +147,7 @@ def parse_config(argv):
     return cfg
 
 
-def resolve_files(cfg):
-    """`cfg` with local paths for all files that the run needs; public ones are fetched once (`vq.download`).
-
-    Raises InputError that lists all that is missing.
-    """
-    janus, public, missing = is_janus(cfg.ckpt), cfg.data != "scenes", []
-    options = ["ckpt"] if janus else ["ckpt", "vq", "t5"] if public else ["ckpt", "vq"]
-    if public and not cfg.sample:
-        options += ["reward_weights"] if cfg.method == "rl" else ["reward_weights", "vgg", "lpips"]
-        if not cfg.data or not Path(cfg.data).exists():
-            missing.append(f"--data {cfg.data or 'DIR'}: a folder, tar or .json of images with captions")
-    if public and not importlib.util.find_spec("transformers"):
-        missing.append("pip install transformers, which reads the captions")
-    for option in options:
-        source = getattr(TrainConfig, option) or REWARDS[cfg.reward][1]
-        path = getattr(cfg, option) or source
-        if option == "ckpt" and (janus or "/" not in path):
-            source = path if janus else f"{LLAMAGEN}/{path}"
-        if not Path(path).exists():
-            try:
-                expect(path in (source, source.split("/")[-1]), "no such file")
-                path = str(download(source))
-            except Exception as error:  # of the network, the hub, a wrong hash: each library has its own
-                missing.append(f"--{option.replace('_', '-')} {path} ({error!r:.150})")
-        cfg = dataclasses.replace(cfg, **{option: path})
-    expect(not missing, "\n  ".join(["this run still needs", *missing]))
-    return cfg
-
-
-# ---- networks and checkpoints ----------------------------------------------------------------------------------------
-
-
-def load_pretrained(cfg):
-    """Policy, tokenizer and text encoder, on the device. Raises InputError, also where two do not fit."""
-    janus, scenes = is_janus(cfg.ckpt), cfg.data == "scenes"
-    vq = load(cfg.ckpt if janus else cfg.vq, load_vq, world.NORM_GROUPS if scenes else 32)
-    grid_size, rest = divmod(cfg.image_size, 2 ** (len(vq.config.ch_mult) - 1))
-    expect(grid_size and not rest, f"--image-size {cfg.image_size}: expected a multiple of the tokenizer's factor")
-    if janus:
-        text_encoder = JanusTokenizer(cfg.ckpt, cfg.device)
-        with reading(f"{cfg.ckpt}/config.json", "Janus-Pro's"):
-            sizes = json.loads(Path(cfg.ckpt, "config.json").read_text("utf-8-sig"))
-        policy = load(cfg.ckpt, load_janus, sizes, text_encoder.pad_id, grid_size)
-    else:
-        policy = load(cfg.ckpt, load_llamagen, grid_size, world.POLICY.head_dim if scenes else None)
-        width, length = policy.config.caption_dim, policy.config.cls_token_num
-        if scenes:
-            text_encoder = world.WordVectors(width, length, cfg.device)
-        else:
-            text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
-    vocab_size, codebook_size = policy.config.vocab_size, vq.config.codebook_size
-    expect(vocab_size == codebook_size, f"--ckpt {cfg.ckpt} has {vocab_size} codes, --vq {codebook_size}; give a pair")
-    # channels_last: the layout in which convolutions are fastest.
-    return policy.to(cfg.device), vq.to(cfg.device, memory_format=torch.channels_last), text_encoder
-
-
-class Judges:
-    """The public networks that judge a run, and an untrained discriminator; see `rankee.Models`."""
-
-    def __init__(self, cfg):
-        self.scorer, self.lpips = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device), None
-        if cfg.method != "rl":
-            self.lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device)
-        torch.manual_seed(int(random_stream(cfg.seed, "discriminator").integers(2**63)))
-        self.discriminator = patch_discriminator().to(cfg.device)
-
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 # What a checkpoint holds of `Models`; the frozen networks come from their own files again.
 CHECKPOINTED = "policy policy_ema vq vq_ema discriminator policy_optimizer decoder_optimizer disc_optimizer".split()
@@ -258,26 +169,6 @@ def load_checkpoint(state, models, world_size):
             saved = part.state_dict() | {"state": saved["state"]}
         with reading("ckpt.pt", "the networks that --ckpt and --data name", (RuntimeError, ValueError), verb="loaded"):
             part.load_state_dict(saved)
-
-
-def export(out, models, ckpt):
-    """Saves policy, its EMA and tokenizer (EMA decoder) for other programs, in the layout they came in."""
-    networks = {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}
-    state_dicts = {name: {key: x.cpu() for key, x in net.state_dict().items()} for name, net in networks.items()}
-    if not is_janus(ckpt):
-        for name, state_dict in state_dicts.items():
-            atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))
-        return
-    original, vq = load_state_dict(ckpt), state_dicts.pop("vq")
-    for name, state_dict in state_dicts.items():
-        ours = janus_state_dict(state_dict, models.policy.config.head_dim)
-        ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
-        # Weights that did not change are saved as they were, in their own precision.
-        changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
-        make_folder(out / name)
-        atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
-        for file in Path(ckpt).glob("*[!x].json"):  # config, tokenizer, processor; no .index.json
-            atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -314,7 +205,8 @@ def sample(cfg):
         expect(metadata.read_bytes() == line, f"{metadata} is of another caption; name another folder with --out")
         paths = [folder / "samples" / f"{k:04d}.png" for k in range(cfg.per_prompt)]
         todo += [(i, k, path) for k, path in enumerate(paths) if not path.exists()]
-    policy, vq, text_encoder = load_pretrained(resolve_files(cfg))
+    world = world_of(cfg.data)
+    policy, vq, text_encoder = world.load_pretrained(world.resolve_files(cfg))
     N = policy.config.grid_size**2
     for batch in tqdm(DataLoader(todo, cfg.rollout_batch_size, collate_fn=list), unit=" batches"):
         u = torch.stack([uniform(random_stream(cfg.seed, "sample", i, k), N) for i, k, _ in batch])
@@ -389,35 +281,34 @@ def print_table(rows):
 
 def train(cfg):
     """A whole run: load, post-train, evaluate, save."""
-    # Processes, folder
-    out, scenes, log = Path(cfg.out), cfg.data == "scenes", ""
+    # Processes, the folder, and where an earlier run stopped
+    out = Path(cfg.out)
     rank, world_size = init_distributed(cfg.device)
     expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
     make_folder(out)
     state = read_checkpoint(out / "ckpt.pt") if cfg.resume else {"step": 0}
-    cfg, start = resolve_files(cfg), state["step"]
-    pairs = None if scenes else list_pairs(Path(cfg.data))
+    start = state["step"]
 
-    # Networks, and the captions and real images that it is evaluated on
-    policy, vq, text_encoder = load_pretrained(cfg)
-    base_vq = copy.deepcopy(vq)  # what the trained decoder is compared with
-    if scenes:
-        judges = world.Judges(cfg.base, cfg.device)
-        evaluation = world.Evaluation(judges, vq, cfg.eval_samples, cfg.seed, cfg.device)
-        captions, real = evaluation.captions, evaluation.images[:8]
-        batches = world.batches(max(cfg.batch_size, cfg.real_batch_size), cfg.seed, start, rank, world_size)
-    else:
-        dataset, judges = CaptionedImages(pairs, cfg.image_size), Judges(cfg)
-        captions, real = zip(*(dataset[i % len(dataset)] for i in range(8)))
-        real, batches = to_pixels(real), data_batches(dataset, cfg, start, rank, world_size)
-    models = Models(policy, vq, text_encoder, judges, make_autocast(cfg), cfg)
-    N = policy.config.grid_size**2
-    eval_u = uniform(random_stream(cfg.seed, "watched"), len(captions), N).to(cfg.device)
+    # Networks and data
+    cfg = world_of(cfg.data).resolve_files(cfg)
+    world = world_of(cfg.data).load_world(cfg)
+    base_vq = copy.deepcopy(world.vq)  # what the trained decoder is compared with
+    models = Models(world, make_autocast(cfg), cfg)
+    N = models.policy.config.grid_size**2
+
+    # What is watched: the world's captions, drawn from the same numbers before, during and after
+    captions, watched_u = world.captions, uniform(random_stream(cfg.seed, "watched"), len(world.captions), N)
     decoders = {"base": base_vq} if cfg.method == "rl" else {"base": base_vq, "own": models.vq_ema}
 
-    # The base, and where an earlier run stopped
-    tokens, base_images = sample_images(policy, [base_vq], text_encoder, captions, eval_u, cfg)
-    rows = [{"method": "base", "decoder": "base", "step": 0} | evaluation(tokens, base_images)] if scenes else []
+    def draw(n, *vqs):
+        """Tokens of the first n of these captions, and their images by each of the tokenizers."""
+        u = watched_u[:n].to(cfg.device)
+        return sample_images(models.policy, vqs, models.text_encoder, captions[:n], u, cfg)
+
+    tokens, base_images = draw(len(captions), base_vq)
+    rows, log = [], ""
+    if world.evaluate:
+        rows.append({"method": "base", "decoder": "base", "step": 0} | world.evaluate(tokens, base_images))
     if cfg.resume:
         load_checkpoint(state, models, world_size)
         rows, log = state["rows"], read_log(out / "log.jsonl", start)
@@ -426,6 +317,7 @@ def train(cfg):
 
     # Post-train
     received, bad_steps = catch_signals(), 0
+    batches = world.batches(start, rank, world_size)
     with contextlib.closing(batches):  # else an exception leaves its workers, for which the exit waits for ever
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
             started = time.perf_counter()
@@ -434,29 +326,32 @@ def train(cfg):
             logs = train_step(models, step_captions[: cfg.batch_size], images, u.to(cfg.device), step, cfg)
             logs["seconds"] = time.perf_counter() - started
 
-            stop, done, last = any_process(max(received, default=0), cfg.device), step + 1, step + 1 == cfg.max_steps
-            bad_steps = 0 if all(map(math.isfinite, logs.values())) else bad_steps + 1
+            done, last = step + 1, step + 1 == cfg.max_steps
+            stop = any_process(max(received, default=0), cfg.device)  # a signal's number, or 0
             if rank == 0:
                 log_step(out / "log.jsonl", done, cfg.max_steps, logs)
+            bad_steps = 0 if all(map(math.isfinite, logs.values())) else bad_steps + 1
             if bad_steps == 5:
                 sys.exit(f"train.py: numbers were not finite 5 steps in a row; {out} keeps what was saved")
-            if rank == 0 and scenes and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
-                tokens, *drawn = sample_images(policy, decoders.values(), text_encoder, captions, eval_u, cfg)
+
+            if rank == 0 and world.evaluate and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
+                tokens, *drawn = draw(len(captions), *decoders.values())
                 for name, x in zip(decoders, drawn):
-                    rows.append({"method": cfg.method, "decoder": name, "step": done} | evaluation(tokens, x))
+                    rows.append({"method": cfg.method, "decoder": name, "step": done} | world.evaluate(tokens, x))
                 atomic_save(out / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
             if rank == 0 and (stop or last or done % cfg.save_every == 0):
-                _, *drawn = sample_images(policy, decoders.values(), text_encoder, captions[:8], eval_u[:8], cfg)
-                trained = {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
-                columns = {"real": real, "base": base_images[:8]} | trained
+                _, *drawn = draw(8, *decoders.values())
+                columns = {"real": world.images, "base": base_images[:8]}
+                columns |= {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
                 save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
-                export(out, models, cfg.ckpt)
+                networks = {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}
+                world.save_networks(out, networks)
                 save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole
             if stop:
                 if world_size > 1:
                     dist.barrier()  # torchrun ends all when one has gone; the first may be saving
                 sys.exit(128 + stop)
-    if rank == 0 and scenes:
+    if rank == 0 and rows:
         print_table(rows)
     if rank == 0 and cfg.device == "cuda":
         print(f"peak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")

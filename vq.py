@@ -22,6 +22,7 @@ from torch import nn
 from torchvision.models import vgg16
 from torchvision.transforms import Normalize
 
+from files.disk import expect
 from files.weights import build, count_layers
 
 
@@ -36,6 +37,13 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_dim: int = 8
     norm_groups: int = 32  # of GroupNorm; not seen in the shapes
+
+    def grid_size(self, image_size):
+        """Codes a side of an image of `image_size` pixels. Raises InputError where it does not divide."""
+        factor = 2 ** (len(self.ch_mult) - 1)
+        fits = image_size >= factor and image_size % factor == 0
+        expect(fits, f"--image-size {image_size}: expected a multiple of the tokenizer's factor, {factor}")
+        return image_size // factor
 
 
 # ---- VQ-GAN ----------------------------------------------------------------------------------------------------------
@@ -211,7 +219,8 @@ def load_vq(state_dict, norm_groups=32):
     sizes = (num_res_blocks, z_channels, *state_dict["quantize.embedding.weight"].shape, norm_groups)
     config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
-    return build(lambda: VQModel(config), statistic | state_dict)
+    # channels_last: the layout in which convolutions are fastest.
+    return build(lambda: VQModel(config), statistic | state_dict).to(memory_format=torch.channels_last)
 
 
 # ---- the networks that judge a decoder -------------------------------------------------------------------------------

@@ -125,8 +125,9 @@ def random_models(model, cfg):
         cond, cond_mask = random_captions(MODELS[model], len(captions), cfg.device)
         return (t5(cond_mask.long()).last_hidden_state.float() if t5 else cond), cond_mask
 
-    judges = SimpleNamespace(scorer=scorer, lpips=lpips, discriminator=discriminator)
-    return Models(policy, vq, text_encoder, judges, train.make_autocast(cfg), cfg)
+    networks = {"scorer": scorer, "lpips": lpips, "discriminator": discriminator}
+    world = SimpleNamespace(policy=policy, vq=vq, text_encoder=text_encoder, **networks)
+    return Models(world, train.make_autocast(cfg), cfg)
 
 
 def bench_step(model, cfg):

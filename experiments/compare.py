@@ -93,20 +93,19 @@ def run_all(commands, processes):
 def swap(configs):
     """Rows that measure each policy of a seed through each decoder; configs: key -> settings."""
     cfg, rows = configs["ranke"], []  # of its settings, only those that all of the seed's runs share are read
-    pairs = {"base": train.load_pretrained(cfg)}  # key -> policy, tokenizer, text encoder
+    base = world.load_world(cfg)
+    pairs = {"base": (base.policy, base.vq)}
     for key, run in configs.items():
-        pairs[key] = train.load_pretrained(dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq.pt"))
+        pairs[key] = world.load_pretrained(dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq.pt"))
     policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].method != "decoder"}
     decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].method != "rl"}
 
-    _, vq, text_encoder = pairs["base"]
-    evaluation = world.Evaluation(world.Judges(cfg.base, cfg.device), vq, cfg.eval_samples, cfg.seed, cfg.device)
     N = policies["base"].config.grid_size ** 2
     u = uniform(random_stream(cfg.seed, "watched"), cfg.eval_samples, N).to(cfg.device)  # what the runs were drawn with
     for key, policy in policies.items():
-        tokens, *drawn = train.sample_images(policy, decoders.values(), text_encoder, evaluation.captions, u, cfg)
+        tokens, *drawn = train.sample_images(policy, decoders.values(), base.text_encoder, base.captions, u, cfg)
         for decoder, images in zip(decoders, drawn):
-            rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | evaluation(tokens, images))
+            rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | base.evaluate(tokens, images))
     return rows
 
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from files.disk import InputError, expect, reading
+from files.disk import InputError, atomic_save, expect, reading
 
 
 def download(source):
@@ -79,3 +79,10 @@ def build(make_module, state_dict):
         module = make_module()
     module.load_state_dict(state_dict, assign=True)
     return module.float()
+
+
+def save_networks(out, networks):
+    """Saves each network's weights as OUT/NAME.pt, in LlamaGen's layout."""
+    for name, network in networks.items():
+        state_dict = {key: x.cpu() for key, x in network.state_dict().items()}
+        atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))

@@ -10,16 +10,24 @@ The rotary embedding pairs neighbouring channels of a head in LlamaGen, its firs
 rows of Janus' q and k matrices are reordered at load and save.
 """
 
+import json
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files.disk import expect, reading
-from files.weights import build, count_layers
+from files.disk import atomic_save, expect, make_folder, reading
+from files.weights import build, count_layers, load, load_state_dict
 from policy import GPTConfig, Linear, Policy, left_pad, rope_1d
+from vq import load_vq
+
+FILES = ("ckpt",)  # options that name files
+# The authors' settings for Janus-Pro-1B, where they differ from LlamaGen-XL's.
+# They accumulate two batches of 2 captions, which is our batch of 4.
+PRESET = "--out runs/janus --image-size 384 --cfg-scale 5 --top-k 0 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5"
 
 
 class PromptEmbedder(nn.Module):
@@ -167,3 +175,35 @@ def janus_state_dict(state_dict, head_dim):
             parts = [permute(q, head_dim // 2, 2), permute(k, head_dim // 2, 2), v.clone()]
         theirs.update(zip(names, parts))
     return theirs
+
+
+def public_name(ckpt):
+    """Where a checkpoint that is not a local path is published."""
+    return ckpt
+
+
+def load_pretrained(cfg):
+    """Policy, tokenizer and text encoder, on the device. Raises InputError for files that are not Janus-Pro's."""
+    vq, text_encoder = load(cfg.ckpt, load_vq), JanusTokenizer(cfg.ckpt, cfg.device)
+    with reading(f"{cfg.ckpt}/config.json", "Janus-Pro's"):
+        config = json.loads(Path(cfg.ckpt, "config.json").read_text("utf-8-sig"))
+    policy = load(cfg.ckpt, load_janus, config, text_encoder.pad_id, vq.config.grid_size(cfg.image_size))
+    V, codebook_size = policy.config.vocab_size, vq.config.codebook_size
+    expect(V == codebook_size, f"--ckpt {cfg.ckpt} has {V} codes, its tokenizer {codebook_size}")
+    return policy.to(cfg.device), vq.to(cfg.device), text_encoder
+
+
+def save_networks(ckpt, out, networks):
+    """What was trained, in Janus-Pro's layout: a folder for each policy, with the tokenizer in it."""
+    original = load_state_dict(ckpt)
+    state_dicts = {name: {key: x.cpu() for key, x in net.state_dict().items()} for name, net in networks.items()}
+    vq = state_dicts.pop("vq")
+    for name, state_dict in state_dicts.items():
+        ours = janus_state_dict(state_dict, networks[name].config.head_dim)
+        ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
+        # Weights that did not change are saved as they were, in their own precision.
+        changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
+        make_folder(out / name)
+        atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
+        for file in Path(ckpt).glob("*[!x].json"):  # config, tokenizer, processor; no .index.json
+            atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))

@@ -1,4 +1,4 @@
-"""What LlamaGen's text-to-image models read: captions, cleaned and encoded by flan-t5-xl."""
+"""LlamaGen's text-to-image models: what they read, captions cleaned and encoded by flan-t5-xl; their files."""
 
 import html
 import re
@@ -6,7 +6,14 @@ from urllib.parse import unquote_plus
 
 import torch
 
+from files import weights
 from files.disk import expect, reading
+from policy import load_llamagen
+from vq import load_vq
+
+FILES = ("ckpt", "vq", "t5")  # options that name files
+PRESET = ""  # the defaults are the authors' for LlamaGen-XL
+REPOSITORY = "peizesun/llamagen_t2i"
 
 # LlamaGen's captions were cleaned before flan-t5 read them, by rules for captions off the web. In order,
 # those that change an ordinary caption; left out: those for addresses, file names, product codes and markup.
@@ -67,3 +74,24 @@ class T5Encoder:
         inputs = self.tokenizer([clean_caption(text) for text in captions], **options).to(self.encoder.device)
         cond = self.encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
         return cond.float().to(self.device), inputs.attention_mask.bool().to(self.device)
+
+
+def public_name(ckpt):
+    """Where a checkpoint that is not a local path is published."""
+    return ckpt if "/" in ckpt else f"{REPOSITORY}/{ckpt}"
+
+
+def load_pretrained(cfg):
+    """Policy, tokenizer and text encoder, on the device. Raises InputError, also where two do not fit."""
+    vq = weights.load(cfg.vq, load_vq)
+    policy = weights.load(cfg.ckpt, load_llamagen, vq.config.grid_size(cfg.image_size))
+    V, codebook_size = policy.config.vocab_size, vq.config.codebook_size
+    expect(V == codebook_size, f"--ckpt {cfg.ckpt} has {V} codes, --vq {codebook_size}; give a pair")
+    width, length = policy.config.caption_dim, policy.config.cls_token_num
+    text_encoder = T5Encoder(cfg.t5, width, length, cfg.device, cfg.t5_device or cfg.device)
+    return policy.to(cfg.device), vq.to(cfg.device), text_encoder
+
+
+def save_networks(ckpt, out, networks):
+    """What was trained, in LlamaGen's layout: a file for each of `networks`."""
+    weights.save_networks(out, networks)

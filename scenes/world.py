@@ -30,11 +30,11 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from files.disk import atomic_save, expect, reading
-from files.weights import read_checkpoint
+from files.weights import load, read_checkpoint, save_networks
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
-from policy import GPTConfig, Policy, left_pad, token_logprobs
-from rankee import hinge_d_loss, in_batches, random_stream, reconstruction_anchor
-from vq import LPIPS, VQConfig, VQModel, patch_discriminator
+from policy import GPTConfig, Policy, left_pad, load_llamagen, token_logprobs
+from rankee import World, hinge_d_loss, in_batches, random_stream, reconstruction_anchor
+from vq import LPIPS, VQConfig, VQModel, load_vq, patch_discriminator
 
 FOLDER = Path(__file__).parent
 RESOLUTION = 32
@@ -240,20 +240,15 @@ def small_discriminator():
 NETWORKS = {"reward": small_clip, "perceptual": SceneNet, "features": SceneNet, "discriminator": small_discriminator}
 
 
-class Judges:
-    """The networks that judge a run (see `rankee.Models`), and the feature net, which no training sees."""
-
-    def __init__(self, folder, device):
-        path = Path(folder, "judges.pt")
-        state_dicts = read_checkpoint(path)
-        networks = {name: make().to(device).eval() for name, make in NETWORKS.items()}
-        with reading(path, "the judges of a base of this version; make one: python -m scenes.world --pretrain"):
-            for name, network in networks.items():
-                network.load_state_dict(state_dicts[name])
-        self.scorer = CLIPScore(networks["reward"], tokenize, [0.5] * 3, [0.5] * 3).to(device)
-        self.lpips = networks["perceptual"].lpips()
-        self.feature_net = networks["features"].requires_grad_(False)
-        self.discriminator = networks["discriminator"]
+def load_judges(folder, device):
+    """The networks that judge a run, by name: reward, perceptual, features, discriminator."""
+    path = Path(folder, "judges.pt")
+    state_dicts = read_checkpoint(path)
+    networks = {name: make().to(device).eval() for name, make in NETWORKS.items()}
+    with reading(path, "the judges of a base of this version; make one: python -m scenes.world --pretrain"):
+        for name, network in networks.items():
+            network.load_state_dict(state_dicts[name])
+    return networks
 
 
 # CLIP × 100; Fréchet distance on the last layer; × 1000 on the middle one; share of attributes right; nats; bits.
@@ -263,28 +258,85 @@ NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_e
 class Evaluation:
     """n captions, the same for every model of a run, and n other real scenes, the same for every run."""
 
-    def __init__(self, judges, vq, n, seed, device):
-        self.judges, self.codebook_size = judges, vq.config.codebook_size
+    def __init__(self, scorer, feature_net, vq, n, seed, device):
+        self.scorer, self.feature_net, self.codebook_size = scorer, feature_net, vq.config.codebook_size
         self.attributes, _, self.images = random_scenes(n, random_stream(seed, "evaluation"))
         self.captions = [caption(row) for row in self.attributes]
-        self.text_emb = judges.scorer.encode_text(self.captions)
+        self.text_emb = scorer.encode_text(self.captions)
         codes = in_batches(vq.encode, self.images.to(device), size=256)
         self.real_histogram = token_histogram(codes.cpu(), self.codebook_size)
         self.real_statistics = self.statistics(random_scenes(n, random_stream(0, "other scenes"))[2].to(device))
 
     def statistics(self, images):
-        return [feature_statistics([x])[:2] for x in self.judges.feature_net.features(images)]
+        return [feature_statistics([x])[:2] for x in self.feature_net.features(images)]
 
     @torch.no_grad()
     def __call__(self, tokens, images):
         """The `NUMBERS` of tokens (n, N) and images (n, 3, 32, 32) that were drawn for `captions`."""
         images, histogram = images.clamp(-1, 1), token_histogram(tokens.cpu(), self.codebook_size)
-        guesses = torch.stack([x.argmax(1).cpu() for x in self.judges.feature_net.read(images)[0]], 1)  # (n, 7)
+        guesses = torch.stack([x.argmax(1).cpu() for x in self.feature_net.read(images)[0]], 1)  # (n, 7)
         frechet, middle = (frechet_distance(*a, *b) for a, b in zip(self.statistics(images), self.real_statistics))
-        clip = in_batches(self.judges.scorer, images, self.text_emb, size=256).mean().item()
+        clip = in_batches(self.scorer, images, self.text_emb, size=256).mean().item()
         accuracy = (guesses == self.attributes).float().mean().item()
         kl, entropy = token_kl(histogram, self.real_histogram), token_entropy(histogram)
         return dict(zip(NUMBERS, (clip, frechet, 1000 * middle, accuracy, kl, entropy)))
+
+
+# ---- the world of a run ----------------------------------------------------------------------------------------------
+
+# What the embedded world sets, found by measurement (experiments/README.md); all else is `Config`'s default.
+SETTINGS = f"""
+--out runs/scenes --data scenes --image-size {RESOLUTION} --max-steps 80 --batch-size 16 --cfg-scale 4 --top-k 0
+--rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --cfg-logprobs --rank-k 2 --rank-zscore
+--policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
+--disc-lr 1e-3 --disc-start 0 --lambda-d 0.05 --decoder-ema 0.9
+"""
+
+
+def preset(given):
+    """What differs from the defaults, as words of a command line; `given` are the user's options."""
+    base = given.get("base", FOLDER)
+    return [*SETTINGS.split(), "--ckpt", f"{base}/policy.pt", "--vq", f"{base}/vq.pt"]
+
+
+def resolve_files(cfg):
+    """All files are local, and are named where they cannot be read."""
+    return cfg
+
+
+def load_pretrained(cfg):
+    """Policy, tokenizer and text encoder, on the device. Raises InputError for another world's."""
+    expect(cfg.image_size == RESOLUTION, f"--image-size {cfg.image_size}: scenes have {RESOLUTION}")
+    vq = load(cfg.vq, load_vq, NORM_GROUPS)
+    policy = load(cfg.ckpt, load_llamagen, vq.config.grid_size(RESOLUTION), POLICY.head_dim)
+    V, codebook_size = policy.config.vocab_size, vq.config.codebook_size
+    expect(V == codebook_size, f"--ckpt {cfg.ckpt} has {V} codes, --vq {codebook_size}; give a pair")
+    text_encoder = WordVectors(policy.config.caption_dim, policy.config.cls_token_num, cfg.device)
+    return policy.to(cfg.device), vq.to(cfg.device), text_encoder
+
+
+def load_world(cfg):
+    """The `World` of a run on scenes."""
+    policy, vq, text_encoder = load_pretrained(cfg)
+    judges = load_judges(cfg.base, cfg.device)
+    scorer = CLIPScore(judges["reward"], tokenize, [0.5] * 3, [0.5] * 3).to(cfg.device)
+    evaluation = Evaluation(
+        scorer, judges["features"].requires_grad_(False), vq, cfg.eval_samples, cfg.seed, cfg.device
+    )
+    batch_size = max(cfg.batch_size, cfg.real_batch_size)
+    return World(
+        policy=policy,
+        vq=vq,
+        text_encoder=text_encoder,
+        scorer=scorer,
+        lpips=judges["perceptual"].lpips(),
+        discriminator=judges["discriminator"],
+        batches=lambda start, rank, world_size: batches(batch_size, cfg.seed, start, rank, world_size),
+        captions=evaluation.captions,
+        images=evaluation.images[:8],
+        evaluate=evaluation,
+        save_networks=save_networks,
+    )
 
 
 # ---- pre-training ----------------------------------------------------------------------------------------------------

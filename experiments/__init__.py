@@ -1,0 +1,1 @@
+"""Comparisons, benchmarks and curves: what one runs but need not read."""
