@@ -131,12 +131,15 @@ class CLIPScore(nn.Module):
         tokens = self.tokenizer(captions).to(self.model.logit_scale.device)
         return self.model.encode_text(tokens, normalize=True).float()
 
-    def forward(self, images, text_emb):
-        """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, dim)."""
+    def encode_image(self, images):
+        """Images (R, 3, H, W) in [-1, 1] to unit embeddings (R, dim)."""
         x = (images.clamp(-1, 1) + 1) / 2  # a saved image has no pixel outside: nothing to gain there
         x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        image_emb = self.model.encode_image(self.normalize(x), normalize=True)
-        return 100 * (image_emb.float() * text_emb).sum(-1)
+        return self.model.encode_image(self.normalize(x), normalize=True).float()
+
+    def forward(self, images, text_emb):
+        """Scores (R,) of images (R, 3, H, W) in [-1, 1] against text embeddings (R, dim)."""
+        return 100 * (self.encode_image(images) * text_emb).sum(-1)
 
 
 def open_clip_score(name, pretrained):

@@ -44,6 +44,20 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from; by default the policy's own."""
+
+    cfg_scale: float = 1.0  # s of classifier-free guidance, uncond + s (cond − uncond); 1 is none
+    temperature: float = 1.0
+    top_k: int = 0  # codes to choose from; 0 is all, 1 is greedy decoding
+
+    @property
+    def use_cfg(self):
+        """Whether unconditional rows are needed."""
+        return self.cfg_scale != 1
+
+
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +70,8 @@ def rope_1d(positions, head_dim):
 
 def rope_2d(positions, grid_size, head_dim):
     """LlamaGen's, same shape: a head's first half of pairs turns with the row, its second with the column."""
-    return torch.cat([rope_1d(n, head_dim // 2) for n in (positions // grid_size, positions % grid_size)], -2)
+    row, column = positions // grid_size, positions % grid_size
+    return torch.cat([rope_1d(row, head_dim // 2), rope_1d(column, head_dim // 2)], -2)
 
 
 def apply_rotary_emb(x, freqs_cis):
@@ -90,7 +105,8 @@ class Attention(nn.Module):
 
     def forward(self, x, freqs_cis, mask, kv_cache, input_pos):
         qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_dim)
-        (q, k), v = apply_rotary_emb(qkv[:2], freqs_cis), qkv[2]
+        q, k = apply_rotary_emb(qkv[:2], freqs_cis)
+        v = qkv[2]
         if kv_cache is not None:
             kv_cache.index_copy_(3, input_pos, torch.stack([k, v]))
             k, v = kv_cache[:, :, :, : mask.shape[-1]]  # only what the mask speaks of is attended to
@@ -212,25 +228,25 @@ def attention_mask(cond_mask, n):
     """
     keys = F.pad(cond_mask, (0, n), value=True)[:, None, None]  # (R, 1, 1, T + n)
     itself = torch.eye(keys.shape[-1], dtype=torch.bool, device=keys.device)
-    return keys & torch.ones_like(itself).tril() | itself
+    causal = torch.ones_like(itself).tril()
+    return (keys & causal) | itself
 
 
 # ---- sampling and scoring --------------------------------------------------------------------------------------------
 
 
-def logits_to_logprobs(logits, cfg_scale=1.0, temperature=1.0, top_k=0):
-    """Log-probabilities (R, …, V) of the next token, float32; with cfg_scale ≠ 1 from logits of 2R rows.
+def logits_to_logprobs(logits, sampling=Sampling()):
+    """Log-probabilities (R, …, V) of the next token, float32, in the distribution that `sampling` describes.
 
-    Classifier-free guidance: uncond + s (cond − uncond), cond the first half of the rows, uncond the second. `top_k` = 0 keeps
-    all codes, 1 is greedy decoding.
+    With guidance the logits have 2R rows, the conditional ones first.
     """
     logits = logits.float()
-    if cfg_scale != 1:
+    if sampling.use_cfg:
         cond_logits, uncond_logits = logits.chunk(2)
-        logits = uncond_logits + cfg_scale * (cond_logits - uncond_logits)
-    logits = logits / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = uncond_logits + sampling.cfg_scale * (cond_logits - uncond_logits)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     return logits.log_softmax(-1)
 
@@ -248,21 +264,23 @@ def sample_token(logprobs, u):
 
 
 @torch.no_grad()
-def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0):
+def generate(policy, cond, cond_mask, u, sampling=Sampling()):
     """Draws G image token sequences for each of B captions.
 
     cond (B, T, C) or input_ids (B, T), cond_mask (B, T): a text encoder's; u (B, G, N): uniform in [0, 1).
     Returns tokens (B, G, N) and their log-probabilities (B, G, N) in the distribution they were drawn from.
     """
     B, G, N = u.shape
-    T, use_cfg, u = cond.shape[1], cfg_scale != 1, u.flatten(0, 1)
-    x, cond_mask = policy.cls_embedding(cond, cond_mask, use_cfg)  # (B or 2B, T, dim)
-    freqs_cis, mask = policy.freqs_cis(cond_mask, N - 1), attention_mask(cond_mask, N - 1)
+    T = cond.shape[1]
+    u = u.flatten(0, 1)  # (R, N)
+    prefix, prefix_mask = policy.cls_embedding(cond, cond_mask, sampling.use_cfg)  # (B or 2B, T, dim), (B or 2B, T)
+    freqs_cis, mask = policy.freqs_cis(prefix_mask, N - 1), attention_mask(prefix_mask, N - 1)
 
     # The caption is read once, and its keys and values are shared by its G rollouts.
-    prefix_cache = policy.new_kv_cache(len(x), T)
-    h = policy.transformer(x, freqs_cis[:, :T], mask[..., :T, :T], prefix_cache, torch.arange(T, device=u.device))
-    kv_cache = policy.new_kv_cache(len(x) * G, T + N - 1)
+    prefix_cache = policy.new_kv_cache(len(prefix), T)
+    prefix_pos = torch.arange(T, device=u.device)
+    h = policy.transformer(prefix, freqs_cis[:, :T], mask[..., :T, :T], prefix_cache, prefix_pos)
+    kv_cache = policy.new_kv_cache(len(prefix) * G, T + N - 1)
     kv_cache[..., :T, :].unflatten(2, (-1, G)).copy_(prefix_cache.unsqueeze(3))
     h, freqs_cis, mask = (x.repeat_interleave(G, 0) for x in (h[:, -1:], freqs_cis, mask))  # R or 2R rows
 
@@ -272,7 +290,7 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
 
     def sample_next():
         """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
-        next_logprobs = logits_to_logprobs(policy.output(h[:, 0]), cfg_scale, temperature, top_k)  # (R, V)
+        next_logprobs = logits_to_logprobs(policy.output(h[:, 0]), sampling)  # (R, V)
         token = sample_token(next_logprobs, u.index_select(1, n)[:, 0])[:, None]
         tokens.index_copy_(1, n, token)
         logprobs.index_copy_(1, n, next_logprobs.gather(1, token))
@@ -280,8 +298,9 @@ def generate(policy, cond, cond_mask, u, cfg_scale=1.0, temperature=1.0, top_k=0
 
     def decode_one_token(kv_len):
         """Draws token n and reads it, looking at the first `kv_len` positions; never waits for the device."""
-        x, input_pos = policy.tok_embeddings(sample_next()), T + n
-        x = torch.cat([x, x]) if use_cfg else x  # (R or 2R, 1, dim)
+        x = policy.tok_embeddings(sample_next())
+        x = torch.cat([x, x]) if sampling.use_cfg else x  # (R or 2R, 1, dim)
+        input_pos = T + n
         row_mask = mask.index_select(2, input_pos)[..., :kv_len]
         h.copy_(policy.transformer(x, freqs_cis.index_select(1, input_pos), row_mask, kv_cache, input_pos))
         n.add_(1)
@@ -299,34 +318,42 @@ def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128)
     looks at all positions up to the bucket's end.
     """
     for i in range(n):
-        end = prefix_len + min(n, i - i % bucket + bucket)
+        bucket_end = prefix_len + min(n, i - i % bucket + bucket)
         if not use_cuda_graph:
             decode_one_token(prefix_len + i + 1)
         elif i % bucket == 0:  # loads kernels, makes workspaces and casts: a recording cannot
-            decode_one_token(end)
+            decode_one_token(bucket_end)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may go on
-                decode_one_token(end)
+                decode_one_token(bucket_end)
         else:
             graph.replay()
 
 
-def token_logprobs(policy, cond, cond_mask, tokens, cfg_scale=1.0, temperature=1.0, checkpointing=False, chunk=64):
-    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass.
+def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpointing=False, chunk=64):
+    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass, and the entropy (R, N), in
+    nats, of the distribution that each was drawn from.
 
     cond is (R, T, C) or (R, T), cond_mask (R, T). The default scores the unguided policy, as the paper does
-    although it samples with guidance; with the sampler's scale and temperature it scores what was sampled,
-    but for top-k: a code outside the reference's top k would have an infinite KL. Logits exist for `chunk`
-    tokens at a time: (R, N, V) floats are 67 MB a row at N = 1024, and softmax takes several such arrays.
+    although it samples with guidance. Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a
+    row at N = 1024, and softmax takes several such arrays.
     """
-    h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], cfg_scale != 1, checkpointing)
+    h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], sampling.use_cfg, checkpointing)
 
     def score(h, tokens):
-        next_logprobs = logits_to_logprobs(policy.output(h), cfg_scale, temperature)
-        return next_logprobs.gather(2, tokens[..., None])[..., 0]
+        next_logprobs = logits_to_logprobs(policy.output(h), sampling)  # (R, n, V)
+        entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)
+        return next_logprobs.gather(2, tokens[..., None])[..., 0], entropy
 
     chunks = zip(h.split(chunk, 1), tokens.split(chunk, 1))
-    return torch.cat([maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks], 1)
+    scores = [maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks]
+    logprobs, entropies = zip(*scores)
+    return torch.cat(logprobs, 1), torch.cat(entropies, 1)
+
+
+def token_logprobs(policy, cond, cond_mask, tokens, *args, **options):
+    """The log-probabilities (R, N) of `score_tokens` alone."""
+    return score_tokens(policy, cond, cond_mask, tokens, *args, **options)[0]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -340,11 +367,14 @@ def left_pad(rows, length):
     LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
     Raises ValueError unless 0 < n ≤ `length` = T.
     """
+    padded, masks = [], []
     for row in rows:
-        if not 0 < len(row) <= length:
+        missing = length - len(row)
+        if not 0 <= missing < length:
             raise ValueError(f"a caption has {len(row)} text features; the policy takes 1 to {length}")
-    padded = torch.stack([torch.cat([row.new_zeros(length - len(row), *row.shape[1:]), row]) for row in rows])
-    return padded, torch.stack([torch.arange(length, device=row.device) >= length - len(row) for row in rows])
+        padded.append(torch.cat([row.new_zeros(missing, *row.shape[1:]), row]))
+        masks.append(torch.arange(length, device=row.device) >= missing)
+    return torch.stack(padded), torch.stack(masks)
 
 
 # ---- public checkpoints ----------------------------------------------------------------------------------------------
@@ -359,8 +389,16 @@ def load_llamagen(state_dict, grid_size, head_dim=None):
     state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # in older files
     vocab_size, dim = state_dict["tok_embeddings.weight"].shape
     cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
-    n_layer, ffn_dim = count_layers(state_dict, "layers."), len(state_dict["layers.0.feed_forward.w1.weight"])
     head_dim = head_dim or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
     expect(dim % head_dim == 0 and head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
-    config = GPTConfig(dim, n_layer, head_dim, ffn_dim, vocab_size, cls_token_num, caption_dim, grid_size)
+    config = GPTConfig(
+        dim=dim,
+        n_layer=count_layers(state_dict, "layers."),
+        head_dim=head_dim,
+        ffn_dim=len(state_dict["layers.0.feed_forward.w1.weight"]),
+        vocab_size=vocab_size,
+        cls_token_num=cls_token_num,
+        caption_dim=caption_dim,
+        grid_size=grid_size,
+    )
     return build(lambda: Policy(config), state_dict)

@@ -17,7 +17,7 @@ Departures from the authors' scripts:
 - Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
 - The reward reaches the decoder through tensors; through a PIL image it has no gradient.
 - Captions are left-padded in training as in sampling (policy.py). π_ref is the paper's EMA, not the start.
-- The discriminator has GroupNorm (vq.py). It learns from the first step; `disc_start` delays its steering.
+- The discriminator has GroupNorm (vq.py). It learns from the first step; `disc_start` delays its loss' way to the decoder.
 
 Axes: B captions, G rollouts a caption, R = B·G, K rollouts of a caption kept, N tokens, V codes; T text
 positions and C channels of a caption.
@@ -28,7 +28,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from policy import generate, token_logprobs
+from policy import Sampling, generate, score_tokens
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5
-    warmup_steps: Annotated[int, "steps over which the policy's learning rate rises from 0"] = 0
+    warmup_steps: Annotated[int, "steps over which the policy's learning rate rises"] = 0
     clip_eps: Annotated[float, "ε, clip range of π_θ / π_old; never acts with one update a step"] = 0.2
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
@@ -68,10 +68,13 @@ class Config:
     rank_k: Annotated[int, "K, best rollouts of a caption that stage 2 trains on; 0 is all G"] = 0
     rank_zscore: Annotated[bool, "rank by rewards standardized within the group, not by raw ones (paper)"] = False
     tau_start: Annotated[float, "τ of the rank weights at the first step"] = 4.0
-    tau_end: Annotated[float, "τ after the first fifth of the steps"] = 1.0
+    tau_end: Annotated[float, "τ after --tau-steps"] = 1.0
+    tau_steps: Annotated[int, "steps over which τ falls; 0 is a fifth of --max-steps"] = 0
     gan: Annotated[Literal["rank", "uniform"], "Rank-GAN, or its ablation with w = 1"] = "rank"
     disc_fakes: Annotated[Literal["rollouts", "reconstructions"], "what the discriminator sees as fake"] = "rollouts"
-    disc_start: Annotated[int, "step from which the discriminator steers the decoder; it learns from the first"] = 100
+    disc_start: Annotated[
+        int, "step from which the discriminator's loss reaches the decoder; it learns from the first"
+    ] = 100
     disc_weight: Annotated[float, "weight of the discriminator in both GAN terms; 0 leaves it out"] = 0.5
     lambda_d: Annotated[float, "λ_d, reward back-propagated through the decoder"] = 0.01
     lambda_g: Annotated[float, "λ_g, Rank-GAN"] = 1.0
@@ -83,6 +86,27 @@ class Config:
     policy_ema_every: Annotated[int, "steps between updates of the policy's EMA"] = 10
     decoder_ema: Annotated[float, "decay of the decoder's EMA, every step"] = 0.99
 
+    @property
+    def sampling(self):
+        """How rollouts are drawn."""
+        return Sampling(self.cfg_scale, self.temperature, self.top_k)
+
+    @property
+    def scoring(self):
+        """What is scored: the unguided policy (published), or with `cfg_logprobs` the distribution drawn from.
+
+        Top-k is left out: a code outside of the reference's top k would have an infinite KL.
+        """
+        return replace(self.sampling, top_k=0) if self.cfg_logprobs else Sampling()
+
+    @property
+    def trains_policy(self):
+        return self.method in ("ranke", "rl")
+
+    @property
+    def trains_decoder(self):
+        return self.method in ("ranke", "decoder")
+
 
 # ---- stage 1: token-level ranking ------------------------------------------------------------------------------------
 
@@ -90,7 +114,7 @@ class Config:
 def group_advantages(rewards):
     """A_i = (r_i − mean) / std within each caption's group; rewards (B, G), G ≥ 2, to advantages (B, G).
 
-    A group that agrees (std < 1e-4) gets 0: dividing would blow up rounding noise. Outliers stop at ±5.
+    A group whose rewards are all equal (std < 1e-4) gets 0: dividing would blow up rounding. Outliers stop at ±5.
     """
     std = rewards.std(1, keepdim=True)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / std
@@ -115,9 +139,9 @@ def kl_anchor(logprobs, ref_logprobs):
 # ---- stage 2: pixel-level ranking ------------------------------------------------------------------------------------
 
 
-def tau_at(step, max_steps, tau_start, tau_end):
-    """τ at `step`: from tau_start to tau_end by a half cosine over the first fifth of the steps."""
-    progress = min(1.0, step / max(1.0, 0.2 * max_steps))
+def tau_at(step, max_steps, tau_start, tau_end, tau_steps=0):
+    """τ at `step`: from tau_start to tau_end by a half cosine over tau_steps; 0 is a fifth of max_steps."""
+    progress = min(1.0, step / max(1.0, tau_steps or 0.2 * max_steps))
     return tau_end + (tau_start - tau_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -135,8 +159,16 @@ def hinge_d_loss(logits_real, logits_fake):
     return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
 
 
+def hinge_g_loss(logits_fake, weights=1.0):
+    """−mean(w disc(D(z))): what the decoder minimizes; logits (B, 1, h, w), weights (B,) or 1."""
+    return -(weights * logits_fake.float().mean((1, 2, 3))).mean()
+
+
 def adaptive_weight(recon_loss, gan_loss, last_layer):
-    """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the last layer, at most 1e4: neither drowns the other."""
+    """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the last layer, at most 1e4.
+
+    Times the GAN loss, both losses have gradients of one size.
+    """
     recon_grad = torch.autograd.grad(recon_loss, last_layer, retain_graph=True)[0]
     gan_grad = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
     return (recon_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(max=1e4)
@@ -146,7 +178,7 @@ def reconstruction_anchor(images, recon, lpips, discriminator, disc_weight, last
     """Ω_φ, first half: L1 + LPIPS + adaptive GAN of real `images` x and `recon` = D(E(x)), (B', 3, H, W)."""
     loss = (images - recon).abs().mean() + lpips(images, recon).mean()
     if disc_weight:
-        gan_loss = -discriminator(recon).float().mean()
+        gan_loss = hinge_g_loss(discriminator(recon))
         loss = loss + disc_weight * adaptive_weight(loss, gan_loss, last_layer) * gan_loss
     return loss
 
@@ -228,14 +260,16 @@ class Rollouts:
 
 def in_batches(function, *tensors, size):
     """`function` over `size` rows at a time, its results concatenated; for passes without a gradient."""
-    return torch.cat([function(*rows) for rows in zip(*(x.split(size) for x in tensors))])
+    results = []
+    for i in range(0, len(tensors[0]), size):
+        results.append(function(*(x[i : i + size] for x in tensors)))
+    return torch.cat(results)
 
 
-def backward(losses, scale, logs, extra={}):
-    """Back-propagates a micro-batch's losses times its share `scale`; adds them and `extra` to `logs`."""
-    (scale * sum(losses.values())).backward()
-    for name, value in (losses | extra).items():
-        logs[name] = logs.get(name, 0.0) + scale * value.item()
+def add_to_logs(logs, share, **values):
+    """Adds a micro-batch's values, means over its rows, times its share of all rows."""
+    for name, value in values.items():
+        logs[name] = logs.get(name, 0.0) + share * value.item()
 
 
 def optimizer_step(optimizer, max_grad_norm):
@@ -243,7 +277,7 @@ def optimizer_step(optimizer, max_grad_norm):
 
     If the norm is not finite, no process makes a step.
     """
-    parameters = [weight for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
     if dist.is_initialized():
         for weight in parameters:
             dist.all_reduce(weight.grad)
@@ -257,10 +291,14 @@ def optimizer_step(optimizer, max_grad_norm):
 
 def sample_tokens(policy, cond, cond_mask, u, cfg):
     """`generate`, `rollout_batch_size` rows at a time; u, tokens and log-probabilities are (B, G, N) each."""
-    size = max(1, cfg.rollout_batch_size // u.shape[1])
-    batches = zip(cond.split(size), cond_mask.split(size), u.split(size))
-    results = [generate(policy, *batch, cfg.cfg_scale, cfg.temperature, cfg.top_k) for batch in batches]
-    return [torch.cat(parts) for parts in zip(*results)]
+    size = max(1, cfg.rollout_batch_size // u.shape[1])  # whole captions
+    tokens, logprobs = [], []
+    for i in range(0, len(u), size):
+        rows = slice(i, i + size)
+        drawn = generate(policy, cond[rows], cond_mask[rows], u[rows], cfg.sampling)
+        tokens.append(drawn[0])
+        logprobs.append(drawn[1])
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 @torch.no_grad()
@@ -269,7 +307,8 @@ def rollout(models, captions, u, cfg):
     B, G, _ = u.shape
     cond, cond_mask = models.text_encoder(captions)
     with models.autocast:
-        tokens, logprobs = (x.flatten(0, 1) for x in sample_tokens(models.policy, cond, cond_mask, u, cfg))  # (R, N)
+        tokens, logprobs = sample_tokens(models.policy, cond, cond_mask, u, cfg)  # (B, G, N)
+        tokens, logprobs = tokens.flatten(0, 1), logprobs.flatten(0, 1)  # (R, N)
         images = in_batches(models.vq_ema.decode, tokens, size=cfg.micro_batch_size)  # (R, 3, H, W)
         text_emb = models.scorer.encode_text(captions).repeat_interleave(G, 0)  # (R, dim)
         rewards = in_batches(models.scorer, images, text_emb, size=cfg.micro_batch_size).view(B, G)
@@ -280,28 +319,29 @@ def rollout(models, captions, u, cfg):
 def update_policy(models, rollouts, step, cfg):
     """Stage 1: moves π_θ; nothing else changes. Returns what to log."""
     advantages = group_advantages(rollouts.rewards).view(-1, 1)  # (R, 1)
-    cfg_scale, temperature = (cfg.cfg_scale, cfg.temperature) if cfg.cfg_logprobs else (1.0, 1.0)
-    models.policy_optimizer.param_groups[0]["lr"] = cfg.policy_lr * min(1.0, (step + 1) / (cfg.warmup_steps + 1))
 
-    def logprobs_of(policy, i):
+    def score(policy, i):
+        """Log-probabilities and entropies (rows, N) of the rollouts i."""
         cond, cond_mask, tokens = rollouts.cond[i], rollouts.cond_mask[i], rollouts.tokens[i]
         with models.autocast:
-            return token_logprobs(policy, cond, cond_mask, tokens, cfg_scale, temperature, cfg.gradient_checkpointing)
+            return score_tokens(policy, cond, cond_mask, tokens, cfg.scoring, cfg.gradient_checkpointing)
 
     R, logs = len(rollouts.tokens), {}
     for i in torch.arange(R, device=rollouts.tokens.device).split(cfg.micro_batch_size):
         with torch.no_grad():
-            ref_logprobs = logprobs_of(models.ref_policy, i)
-        logprobs = logprobs_of(models.policy, i)  # (rows, N)
+            ref_logprobs, _ = score(models.ref_policy, i)
+        logprobs, entropy = score(models.policy, i)
         # Before its step π_θ *is* π_old: no third pass. ρ is 1 and ε never acts, but ρ's gradient is not 0.
         pg_loss, clip_frac = policy_loss(logprobs, logprobs.detach(), advantages[i], cfg.clip_eps)
         kl = kl_anchor(logprobs, ref_logprobs)
-        losses = {"policy_loss": pg_loss, "kl_loss": cfg.kl_coef * kl}
+        share = len(i) / R
+        (share * (pg_loss + cfg.kl_coef * kl)).backward()
         # 0 if what is scored was sampled: with `cfg_logprobs`, and without top-k, which is never scored.
         gap = (logprobs - rollouts.sampling_logprobs[i]).mean()
-        backward(losses, len(i) / R, logs, {"kl": kl, "clip_frac": clip_frac, "logprob_gap": gap})
-    norm = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
-    return logs | {"policy_grad_norm": norm}
+        add_to_logs(logs, share, policy_loss=pg_loss, kl_loss=cfg.kl_coef * kl, kl=kl, clip_frac=clip_frac)
+        add_to_logs(logs, share, logprob_gap=gap, entropy=entropy.mean())
+    logs["policy_grad_norm"] = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
+    return logs
 
 
 def update_discriminator(models, rollouts, images, cfg):
@@ -312,7 +352,8 @@ def update_discriminator(models, rollouts, images, cfg):
             codes = in_batches(models.vq.encode, images, size=cfg.micro_batch_size)
         fakes = in_batches(models.vq.decode, codes, size=cfg.micro_batch_size)
     with models.autocast:
-        logits_real, logits_fake = models.discriminator(images), models.discriminator(fakes)
+        logits_real = models.discriminator(images)
+        logits_fake = models.discriminator(fakes)
     loss = hinge_d_loss(logits_real.float(), logits_fake.float())
     loss.backward()
     norm = optimizer_step(models.disc_optimizer, cfg.max_grad_norm)
@@ -321,40 +362,45 @@ def update_discriminator(models, rollouts, images, cfg):
 
 def update_decoder(models, rollouts, images, step, cfg):
     """Stage 2: trains the discriminator, then D_φ; `images` are real, (B', 3, H, W). Returns what to log."""
-    logs = {}
-    disc_logs = update_discriminator(models, rollouts, images, cfg) if cfg.disc_weight else {}
+    logs = update_discriminator(models, rollouts, images, cfg) if cfg.disc_weight else {}
     rewards = group_advantages(rollouts.rewards) if cfg.rank_zscore else rollouts.rewards
     B, G = rewards.shape
-    tau = tau_at(step, cfg.max_steps, cfg.tau_start, cfg.tau_end)
+    tau = tau_at(step, cfg.max_steps, cfg.tau_start, cfg.tau_end, cfg.tau_steps)
     weights, best = rank_weights(rewards, tau, cfg.rank_k or G)  # (B, K) each
-    kept = (best + G * torch.arange(B, device=best.device)[:, None]).flatten()  # (B·K,) of the R rows
+    first = G * torch.arange(B, device=best.device)[:, None]  # (B, 1), a caption's first of the R rows
+    kept, weights = (first + best).flatten(), weights.flatten()  # (B·K,) each
     disc_weight = cfg.disc_weight if step >= cfg.disc_start else 0.0
+    use_gan = cfg.lambda_g * disc_weight > 0
     models.discriminator.requires_grad_(False)
 
-    if cfg.lambda_d or cfg.lambda_g * disc_weight or cfg.lambda_c:
-        for i, w in zip(kept.split(cfg.micro_batch_size), weights.flatten().split(cfg.micro_batch_size)):
-            losses = {}
+    if cfg.lambda_d or use_gan or cfg.lambda_c:
+        for n in torch.arange(len(kept), device=kept.device).split(cfg.micro_batch_size):
+            i, w, losses = kept[n], weights[n], {}
             with models.autocast:
                 decoded = models.vq.decode(rollouts.tokens[i])  # D(z)
                 if cfg.lambda_d:  # −mean(w r(D(z))): the reward, back-propagated through the decoder
                     losses["reward_loss"] = -cfg.lambda_d * (w * models.scorer(decoded, rollouts.text_emb[i])).mean()
-                if cfg.lambda_g * disc_weight:  # −mean(w disc(D(z))): Rank-GAN; the uniform GAN has w = 1
-                    logits_fake = models.discriminator(decoded).float().mean((1, 2, 3))
-                    gan_w = w if cfg.gan == "rank" else torch.ones_like(w)
-                    losses["rank_gan_loss"] = -cfg.lambda_g * disc_weight * (gan_w * logits_fake).mean()
+                if use_gan:  # −mean(w disc(D(z))): Rank-GAN; the uniform GAN has w = 1
+                    gan_loss = hinge_g_loss(models.discriminator(decoded), w if cfg.gan == "rank" else 1.0)
+                    losses["rank_gan_loss"] = cfg.lambda_g * disc_weight * gan_loss
                 if cfg.lambda_c:  # Ω_φ, second half: LPIPS(D(z), D_ema(z)), the consistency anchor
                     losses["consistency_loss"] = cfg.lambda_c * models.lpips(decoded, rollouts.images[i]).mean()
-            backward(losses, len(i) / len(kept), logs)
+            loss, share = sum(losses.values()), len(i) / len(kept)
+            (share * loss).backward()
+            add_to_logs(logs, share, **losses, decoder_loss=loss)
     if cfg.lambda_r:
+        last_layer = models.vq.decoder.conv_out.weight
         for x in images.split(cfg.micro_batch_size):
             with models.autocast:
-                recon, last_layer = models.vq.decode(models.vq.encode(x)), models.vq.decoder.conv_out.weight
+                recon = models.vq.decode(models.vq.encode(x))
                 anchor = reconstruction_anchor(x, recon, models.lpips, models.discriminator, disc_weight, last_layer)
-            backward({"reconstruction_loss": cfg.lambda_r * anchor}, len(x) / len(images), logs)
+            loss, share = cfg.lambda_r * anchor, len(x) / len(images)
+            (share * loss).backward()
+            add_to_logs(logs, share, reconstruction_loss=loss, decoder_loss=loss)
 
     models.discriminator.requires_grad_(True)
-    norm = optimizer_step(models.decoder_optimizer, cfg.max_grad_norm)
-    return disc_logs | logs | {"decoder_loss": sum(logs.values()), "decoder_grad_norm": norm}
+    logs["decoder_grad_norm"] = optimizer_step(models.decoder_optimizer, cfg.max_grad_norm)
+    return logs
 
 
 def train_step(models, captions, images, u, step, cfg):
@@ -362,13 +408,16 @@ def train_step(models, captions, images, u, step, cfg):
 
     u (B, G, N), uniform in [0, 1), decides the rollouts. Returns what to log.
     """
+    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    for group in models.policy_optimizer.param_groups:
+        group["lr"] = cfg.policy_lr * warmup
     rollouts = rollout(models, captions, u, cfg)
     logs = {"reward": rollouts.rewards.mean().item(), "reward_std": rollouts.rewards.std(1).mean().item()}
-    if cfg.method != "decoder":
+    if cfg.trains_policy:
         logs |= update_policy(models, rollouts, step, cfg)
         if (step + 1) % cfg.policy_ema_every == 0:
             ema_update(models.policy_ema, models.policy, cfg.policy_ema)
-    if cfg.method != "rl":
+    if cfg.trains_decoder:
         logs |= update_decoder(models, rollouts, images, step, cfg)
         ema_update(models.vq_ema, models.vq, cfg.decoder_ema)
     return logs

@@ -55,6 +55,7 @@ import vq as vqs
 from files.disk import InputError
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
+from policy import Sampling
 from public import data, janus, llamagen
 from scenes import world as scenes
 
@@ -786,7 +787,7 @@ def test_policy_scores_and_samples_like_the_public_program(request, backbone):
     close(policies.token_logprobs(policy, cond, mask, tokens), reference(f"{name}.logprobs"))
     close(policy(cond, mask, tokens[:, :-1]), reference(f"{name}.logits"))
     for cfg_scale, expected in ((1.0, "greedy_tokens"), (META[name]["cfg_scale"], "greedy_tokens_cfg")):
-        greedy, _ = policies.generate(policy, cond, mask, torch.rand(3, 1, 16), cfg_scale, top_k=1)
+        greedy, _ = policies.generate(policy, cond, mask, torch.rand(3, 1, 16), Sampling(cfg_scale, top_k=1))
         assert torch.equal(greedy[:, 0], reference(f"{name}.{expected}"))
 
 
@@ -872,14 +873,17 @@ def test_cached_sampling_equals_recomputation_and_scoring(backbone, cfg_scale, t
     from 1 and the gradient is another model's. Captions differ in length, so that a path's own mask shows.
     """
     (policy, *caption), u = backbone, torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(1))
-    tokens, sampled = (x.flatten(0, 1) for x in policies.generate(policy, *caption, u, cfg_scale, 0.8, top_k))
+    sampling = Sampling(cfg_scale, 0.8, top_k)
+    tokens, sampled = (x.flatten(0, 1) for x in policies.generate(policy, *caption, u, sampling))
     rows = [x.repeat_interleave(2, 0) for x in caption]
     given, absent = policy(*rows, tokens[:, :-1], use_cfg=True).detach().chunk(2)  # (6, 16, V)
     logits = (absent + cfg_scale * (given - absent)) / 0.8
     if top_k:
         logits = logits.where(logits >= logits.sort().values[..., -top_k:][..., :1], -torch.inf)
     else:
-        close(policies.token_logprobs(policy, *rows, tokens, cfg_scale, 0.8), sampled, atol=1e-5)
+        logprobs, entropy = policies.score_tokens(policy, *rows, tokens, sampling)
+        close(logprobs, sampled, atol=1e-5)
+        close(entropy, torch.distributions.Categorical(logits=logits).entropy())
     chances = logits.softmax(-1)
     assert torch.equal(tokens, (chances.cumsum(-1) > u.view(6, 16, 1)).int().argmax(-1))
     close(sampled, chances.gather(-1, tokens[..., None])[..., 0].log())
@@ -900,15 +904,15 @@ def test_a_recorded_step_is_replayed_for_each_token(backbone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     policies.decode_n_tokens(ran.append, 12, 15, use_cuda_graph=True, bucket=6)
     assert ran == [18] * 6 + [24] * 6 + [27] * 3  # the caption's 12 and a bucket's
-    expected = policies.generate(*backbone, u, 2.0)
+    expected = policies.generate(*backbone, u, Sampling(2.0))
     monkeypatch.setattr(policies, "decode_n_tokens", lambda step, *_, **options: [step(kv_len) for kv_len in ran])
-    close(policies.generate(*backbone, u, 2.0), expected, atol=1e-5)
+    close(policies.generate(*backbone, u, Sampling(2.0)), expected, atol=1e-5)
 
 
 def test_nothing_in_sampling_waits_for_the_device(backbone):
     """Else every token stops the GPU, or no step can be recorded. Tensors without contents cannot be read."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        tokens, _ = policies.generate(*backbone, torch.rand(3, 2, 16), 3.0, 1.0, 50)
+        tokens, _ = policies.generate(*backbone, torch.rand(3, 2, 16), Sampling(3.0, 1.0, 50))
         with pytest.raises(Exception, match="_local_scalar_dense"):
             tokens.sum().item()  # as any such step would
 
@@ -918,7 +922,7 @@ def test_checkpointing_and_chunks_change_memory_not_gradients(backbone):
     policy, cond, mask = backbone
     results, kept, weights = [], [], [w for w in policy.parameters() if w.requires_grad]
     for checkpointing, chunk, training in ((False, 16, False), (True, 16, True), (True, 5, False), (False, 7, True)):
-        saved, args = [], (reference("llamagen.tokens"), 3.0, 0.9, checkpointing, chunk)
+        saved, args = [], (reference("llamagen.tokens"), Sampling(3.0, 0.9), checkpointing, chunk)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             logprobs = policies.token_logprobs(policy.train(training), cond, mask, *args)
         sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
@@ -934,9 +938,9 @@ def test_bf16_scores_what_it_sampled(backbone, device):
     """Else ratios of a run in bf16 start away from 1, or its log-probabilities are not those of float32."""
     policy, cond, mask, u = (copy.deepcopy(x).to(device) for x in (*backbone, torch.full((3, 1, 16), 0.4)))
     with torch.autocast(device, torch.bfloat16):
-        tokens, sampled = (x[:, 0] for x in policies.generate(policy, cond, mask, u, 2.0))
-        scored = policies.token_logprobs(policy, cond, mask, tokens, 2.0)
-    exact = policies.token_logprobs(policy, cond, mask, tokens, 2.0)
+        tokens, sampled = (x[:, 0] for x in policies.generate(policy, cond, mask, u, Sampling(2.0)))
+        scored = policies.token_logprobs(policy, cond, mask, tokens, Sampling(2.0))
+    exact = policies.token_logprobs(policy, cond, mask, tokens, Sampling(2.0))
     assert (scored - sampled).abs().mean() < 2e-2 and (scored - exact).abs().mean() < 2e-2
 
 
@@ -955,7 +959,7 @@ EQUATIONS = [
     ([rankee.tau_at(n, 100, 4.0, 1.0) for n in (0, 5, 20, 99)], [4.0, 1 + 1.5 * (1 + math.sqrt(0.5)), 1.0, 1.0]),
     (torch.bincount(DRAWN, minlength=6), [0, 200, 500, 0, 300, 0]),
     (policies.sample_token(CHANCES.expand(2, -1), torch.tensor([0.0, 1 - 2**-24])), [1, 4]),  # none of chance 0
-    (policies.logits_to_logprobs(CHANCES[None], top_k=2).exp(), [[0, 0, 5 / 8, 0, 3 / 8, 0]]),
+    (policies.logits_to_logprobs(CHANCES[None], Sampling(top_k=2)).exp(), [[0, 0, 5 / 8, 0, 3 / 8, 0]]),
 ]
 
 
@@ -1050,12 +1054,12 @@ def test_each_stage_moves_its_own(method, every):
 @pytest.mark.parametrize("ref, guided", [("ema", False), ("initial", True)])
 def test_stage_1_is_the_papers_gradient(ref, guided):
     """Else a micro-batch's scale, a row's advantage or mask, π_old or the reference is another than in the
-    equation, read slowly, all rows at once. The first of two steps of warm-up has half the learning rate.
+    equation, read slowly, all rows at once.
     """
-    cfg = replace(CFG, policy_lr=0.2, warmup_steps=1, kl_coef=0.5, max_grad_norm=1e9, top_k=0)
+    cfg = replace(CFG, policy_lr=0.1, kl_coef=0.5, max_grad_norm=1e9, top_k=0)
     cfg = replace(cfg, ref_policy=ref, cfg_logprobs=guided)
     models, slow = make_models(cfg), make_models(cfg)
-    models.policy_optimizer = torch.optim.SGD(models.policy.parameters())  # Adam would hide a gradient's scale
+    models.policy_optimizer = torch.optim.SGD(models.policy.parameters(), 0.1)  # Adam would hide a gradient's scale
     for m in (models, slow):  # the policy is no longer its reference
         nn.init.eye_(m.policy.layers[0].attention.wo.weight)
     rollouts = rankee.rollout(models, CAPTIONS[:2], batch()[2], cfg)
@@ -1063,7 +1067,7 @@ def test_stage_1_is_the_papers_gradient(ref, guided):
     rows = [x.repeat_interleave(4, 0) for x in text_encoder(CAPTIONS[:2])]
 
     def score(policy):
-        return policies.token_logprobs(policy, *rows, rollouts.tokens, 2.0 if guided else 1.0)
+        return policies.token_logprobs(policy, *rows, rollouts.tokens, Sampling(2.0 if guided else 1.0))
 
     r, old, weights = rollouts.rewards, score(slow.policy).detach(), list(slow.policy.parameters())
     advantages = ((r - r.mean(1, True)) / r.std(1, keepdim=True)).reshape(-1, 1)
@@ -1111,6 +1115,20 @@ def test_stage_2_is_the_papers_gradient(gan, rank_k, step):
     assert logs["decoder_loss"] == pytest.approx(loss.item(), rel=1e-4)
     for x, y, grad in zip(weights, models.vq.decoder_parameters(), torch.autograd.grad(loss, weights), strict=True):
         assert (x - y - grad).norm() <= 1e-3 * grad.norm() + 1e-5
+
+
+def test_all_parameter_groups_learn_at_the_schedules_rate():
+    """Else a group that an edit adds (LoRA, a codebook) is neither averaged, clipped nor checked, and keeps its
+    rate; or the first of two steps of warm-up has the whole rate.
+    """
+    cfg = replace(CFG, method="rl", policy_lr=0.2, warmup_steps=1)
+    models, (captions, images, u) = make_models(cfg), batch()
+    norm, *others = [models.policy.norm.weight, *(w for w in models.policy.parameters())]
+    others = [w for w in others if w is not norm]
+    models.policy_optimizer = torch.optim.SGD([{"params": others}, {"params": [norm]}], 7.0)
+    before, logs = norm.detach().clone(), rankee.train_step(models, captions, images, u, 0, cfg)
+    assert [group["lr"] for group in models.policy_optimizer.param_groups] == [0.1, 0.1] and (norm != before).any()
+    assert norm.grad is None and logs["policy_grad_norm"] == pytest.approx(play(cfg)[1]["policy_grad_norm"], rel=1e-5)
 
 
 def test_reward_reaches_the_decoders_last_layer(clip_score):
@@ -1292,12 +1310,12 @@ def test_a_gpu_draws_what_a_cpu_draws(backbone, monkeypatch, recorded, bucket):
     plain decoding waits for the GPU, which PyTorch itself then says.
     """
     decode, u = policies.decode_n_tokens, torch.rand(3, 2, 16)
-    expected, _ = policies.generate(*backbone, u, 3.0, 0.5, top_k=1)
+    expected, _ = policies.generate(*backbone, u, Sampling(3.0, 0.5, top_k=1))
     monkeypatch.setattr(policies, "decode_n_tokens", lambda *args, use_cuda_graph: decode(*args, recorded, bucket))
     args = [copy.deepcopy(x).cuda() for x in (*backbone, u)]
     torch.cuda.set_sync_debug_mode("default" if recorded else "error")
     try:
-        tokens, _ = policies.generate(*args, 3.0, 0.5, top_k=1)
+        tokens, _ = policies.generate(*args, Sampling(3.0, 0.5, top_k=1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(tokens.cpu(), expected)

@@ -298,7 +298,7 @@ def train(cfg):
 
     # What is watched: the world's captions, drawn from the same numbers before, during and after
     captions, watched_u = world.captions, uniform(random_stream(cfg.seed, "watched"), len(world.captions), N)
-    decoders = {"base": base_vq} if cfg.method == "rl" else {"base": base_vq, "own": models.vq_ema}
+    decoders = {"base": base_vq, "own": models.vq_ema} if cfg.trains_decoder else {"base": base_vq}
 
     def draw(n, *vqs):
         """Tokens of the first n of these captions, and their images by each of the tokenizers."""

@@ -68,11 +68,14 @@ class AttnBlock(nn.Module):
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(ch, ch, 1) for _ in range(4))
+        self.q = nn.Conv2d(ch, ch, 1)
+        self.k = nn.Conv2d(ch, ch, 1)
+        self.v = nn.Conv2d(ch, ch, 1)
+        self.proj_out = nn.Conv2d(ch, ch, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # (B, 1, h·w, ch)
+        q, k, v = (y.flatten(2).transpose(1, 2)[:, None] for y in (self.q(h), self.k(h), self.v(h)))  # (B, 1, h·w, ch)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).view_as(x)
         return x + self.proj_out(h)
 
@@ -91,9 +94,12 @@ class Level(nn.Module):
 
     def __init__(self, in_ch, out_ch, num_res_blocks, groups, attend):
         super().__init__()
-        widths = [in_ch] + [out_ch] * num_res_blocks
-        self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(out_ch, groups) if attend else nn.Identity() for _ in self.res)
+        self.res, self.attn = nn.ModuleList(), nn.ModuleList()
+        for _ in range(num_res_blocks):
+            self.res.append(ResnetBlock(in_ch, out_ch, groups))
+            in_ch = out_ch
+        for _ in range(num_res_blocks):
+            self.attn.append(AttnBlock(out_ch, groups) if attend else nn.Identity())
 
     def forward(self, x):
         for block, attn in zip(self.res, self.attn):
@@ -113,9 +119,13 @@ class Encoder(nn.Module):
         widths, groups = [config.ch * mult for mult in config.ch_mult], config.norm_groups
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        for i, (in_ch, out_ch) in enumerate(zip([config.ch, *widths], widths)):
-            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks, groups, attend=i == len(widths) - 1))
-            self.conv_blocks[i].downsample = downsample(out_ch) if i < len(widths) - 1 else nn.Identity()
+        in_ch = config.ch
+        for i, out_ch in enumerate(widths):
+            last = i == len(widths) - 1
+            level = Level(in_ch, out_ch, config.num_res_blocks, groups, attend=last)
+            level.downsample = nn.Identity() if last else downsample(out_ch)
+            self.conv_blocks.append(level)
+            in_ch = out_ch
         self.mid = mid(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -136,9 +146,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = mid(widths[0], groups)
         self.conv_blocks = nn.ModuleList()
-        for i, (in_ch, out_ch) in enumerate(zip([widths[0], *widths], widths)):
-            self.conv_blocks.append(Level(in_ch, out_ch, config.num_res_blocks + 1, groups, attend=i == 0))
-            self.conv_blocks[i].upsample = upsample(out_ch) if i < len(widths) - 1 else nn.Identity()
+        in_ch = widths[0]
+        for i, out_ch in enumerate(widths):
+            last = i == len(widths) - 1
+            level = Level(in_ch, out_ch, config.num_res_blocks + 1, groups, attend=i == 0)
+            level.upsample = nn.Identity() if last else upsample(out_ch)
+            self.conv_blocks.append(level)
+            in_ch = out_ch
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -212,12 +226,18 @@ def load_vq(state_dict, norm_groups=32):
     prefix = "gen_vision_model."
     if any(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    ch = len(state_dict["encoder.conv_in.weight"])
     levels = range(count_layers(state_dict, "encoder.conv_blocks."))
-    widths = [len(state_dict[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) for i in levels]
-    ch, z_channels = len(state_dict["encoder.conv_in.weight"]), len(state_dict["encoder.conv_out.weight"])
-    num_res_blocks = count_layers(state_dict, "encoder.conv_blocks.0.res.")
-    sizes = (num_res_blocks, z_channels, *state_dict["quantize.embedding.weight"].shape, norm_groups)
-    config = VQConfig(ch, tuple(width // ch for width in widths), *sizes)
+    codebook_size, codebook_dim = state_dict["quantize.embedding.weight"].shape
+    config = VQConfig(
+        ch=ch,
+        ch_mult=tuple(len(state_dict[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) // ch for i in levels),
+        num_res_blocks=count_layers(state_dict, "encoder.conv_blocks.0.res."),
+        z_channels=len(state_dict["encoder.conv_out.weight"]),
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
+        norm_groups=norm_groups,
+    )
     statistic = {"quantize.codebook_used": torch.zeros(65536)}  # some files leave it out
     # channels_last: the layout in which convolutions are fastest.
     return build(lambda: VQModel(config), statistic | state_dict).to(memory_format=torch.channels_last)
@@ -257,9 +277,15 @@ class LPIPS(nn.Module):
         distance = 0.0
         for features, weight in zip(self.slices, self.weights):
             a, b = features(a), features(b)
-            x, y = (f.float() / (f.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
-            distance = distance + ((x - y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
+            difference = unit(a) - unit(b)  # (B, channels, h, w)
+            distance = distance + (difference.square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
         return distance
+
+
+def unit(features):
+    """Features (B, channels, h, w), each position's channels scaled to length 1."""
+    features = features.float()
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def load_lpips(vgg_state_dict, linear_state_dict):

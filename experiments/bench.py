@@ -25,7 +25,7 @@ import train
 from experiments.curves import run_script, script_parser
 from files.disk import expect
 from metrics import CLIPScore
-from policy import GPTConfig, Policy, decode_n_tokens, generate
+from policy import GPTConfig, Policy, Sampling, decode_n_tokens, generate
 from rankee import Models, rollout, update_decoder, update_policy
 from vq import VQConfig, VQModel, load_lpips, patch_discriminator
 
@@ -87,7 +87,7 @@ def bench_sampling(model, batches, cfg):
     def draw(B, cfg_scale, n):
         cond, cond_mask = random_captions(config, B, device)
         with train.make_autocast(cfg):
-            generate(policy, cond, cond_mask, torch.rand(B, 1, n, device=device), cfg_scale, 1.0, TOP_K)
+            generate(policy, cond, cond_mask, torch.rand(B, 1, n, device=device), Sampling(cfg_scale, 1.0, TOP_K))
 
     graphs = [False, True] if device == "cuda" else [False]
     for graph, (B, cfg_scale) in itertools.product(graphs, [(1, 1.0), *((B, CFG_SCALE) for B in batches)]):

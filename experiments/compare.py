@@ -97,8 +97,8 @@ def swap(configs):
     pairs = {"base": (base.policy, base.vq)}
     for key, run in configs.items():
         pairs[key] = world.load_pretrained(dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq.pt"))
-    policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].method != "decoder"}
-    decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].method != "rl"}
+    policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].trains_policy}
+    decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].trains_decoder}
 
     N = policies["base"].config.grid_size ** 2
     u = uniform(random_stream(cfg.seed, "watched"), cfg.eval_samples, N).to(cfg.device)  # what the runs were drawn with

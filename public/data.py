@@ -90,7 +90,7 @@ def data_batches(dataset, cfg, start, rank, world_size):
     """Yields captions and images (B', 3, H, W) in [-1, 1] for each step; no images for standard RL."""
     size, steps = max(cfg.batch_size, cfg.real_batch_size), range(start, cfg.max_steps)
     batches = batch_indices(len(dataset), size, cfg.seed, steps, rank, world_size)
-    if cfg.method == "rl":
+    if not cfg.trains_decoder:
         yield from (([dataset.pairs[i][1] for i in batch], torch.empty(0)) for batch in batches)
         return
     # Lists of arrays travel through pipes; tensors would need /dev/shm, of which a container has 64 MB.

@@ -81,7 +81,8 @@ class JanusTokenizer:
             self.bos_id, self.pad_id, self.image_id = (self.tokenizer.get_vocab()[word] for word in words)
 
     def __call__(self, captions):
-        rows, end = [], [*self.tokenizer.encode("\n\n<|Assistant|>:", add_special_tokens=False), self.image_id]
+        end = [*self.tokenizer.encode("\n\n<|Assistant|>:", add_special_tokens=False), self.image_id]
+        rows = []
         for caption in captions:
             text = f"<|User|>: {caption.strip()}\n\n<|Assistant|>:<begin_of_image>"
             prompt = self.tokenizer.encode(text, add_special_tokens=False)
@@ -133,18 +134,16 @@ def load_janus(state_dict, config, pad_id, grid_size):
     """
     state_dict = {name: x for name, x in state_dict.items() if not re.match(JANUS_UNUSED, name)}
     text_vocab_size, dim = state_dict["language_model.model.embed_tokens.weight"].shape
-    ffn_dim = len(state_dict["language_model.model.layers.0.mlp.gate_proj.weight"])
-    n_layer, vocab_size = count_layers(state_dict, "language_model.model.layers."), len(state_dict["gen_embed.weight"])
     language = config.get("language_config", {})
     head_dim = dim // language["num_attention_heads"] if "num_attention_heads" in language else 128
     same_rope = language.get("rope_theta", 10000) == 10000 and not language.get("rope_scaling")
     expect(same_rope, "its config.json asks for another rotary embedding than Janus-Pro's, base 10000, unscaled")
     policy_config = GPTConfig(
         dim=dim,
-        n_layer=n_layer,
+        n_layer=count_layers(state_dict, "language_model.model.layers."),
         head_dim=head_dim,
-        ffn_dim=ffn_dim,
-        vocab_size=vocab_size,
+        ffn_dim=len(state_dict["language_model.model.layers.0.mlp.gate_proj.weight"]),
+        vocab_size=len(state_dict["gen_embed.weight"]),
         cls_token_num=JanusTokenizer.MAX_LENGTH,
         caption_dim=dim,
         grid_size=grid_size,
@@ -157,7 +156,8 @@ def load_janus(state_dict, config, pad_id, grid_size):
         parts = [state_dict.pop(theirs) for theirs in janus_names(name)]
         if len(parts) == 3:  # q, k and v
             expect({part.shape for part in parts} == {(dim, dim)}, f"{janus_names(name)}: expected {dim} × {dim} each")
-            parts[:2] = (permute(part, 2, head_dim // 2) for part in parts[:2])
+            q, k, v = parts
+            parts = [permute(q, 2, head_dim // 2), permute(k, 2, head_dim // 2), v]
         ours[name] = torch.cat(parts)
     return build(
         lambda: JanusPolicy(policy_config, text_vocab_size, pad_id), ours | state_dict

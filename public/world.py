@@ -43,7 +43,7 @@ def resolve_files(cfg):
     module, missing = backbone(cfg.ckpt), []
     options = list(module.FILES)
     if not cfg.sample:
-        options += ["reward_weights"] if cfg.method == "rl" else ["reward_weights", "vgg", "lpips"]
+        options += ["reward_weights", "vgg", "lpips"] if cfg.trains_decoder else ["reward_weights"]
         if not cfg.data or not Path(cfg.data).exists():
             missing.append(f"--data {cfg.data or 'DIR'}: a folder, tar or .json of images with captions")
     if not importlib.util.find_spec("transformers"):
@@ -73,7 +73,7 @@ def load_world(cfg):
     """The `World` of a run on --data."""
     dataset = CaptionedImages(list_pairs(Path(cfg.data)), cfg.image_size)
     policy, vq, text_encoder = load_pretrained(cfg)
-    lpips = None if cfg.method == "rl" else load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device)
+    lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device) if cfg.trains_decoder else None
     scorer = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device)
     torch.manual_seed(int(random_stream(cfg.seed, "discriminator").integers(2**63)))
     watched = [dataset[i % len(dataset)] for i in range(8)]
