@@ -147,10 +147,14 @@ class CaptionEmbedder(nn.Module):
         fc1, fc2 = (Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
         self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
+    def unconditional(self, cond, cond_mask):
+        """What stands for "no caption" in the place of these captions (B, T, C)."""
+        return self.uncond_embedding[-cond.shape[1] :].expand_as(cond)
+
     def forward(self, cond, cond_mask, use_cfg):
         """(B, T, C) and mask (B, T) to (B, T, dim) and mask; `use_cfg` appends B unconditional rows."""
         if use_cfg:
-            cond = torch.cat([cond, self.uncond_embedding[-cond.shape[1] :].expand_as(cond)])
+            cond = torch.cat([cond, self.unconditional(cond, cond_mask)])
             cond_mask = cond_mask.repeat(2, 1)
         return self.cap_proj(cond), cond_mask
 
@@ -198,9 +202,14 @@ class Policy(nn.Module):
         no_cache = [None] * len(self.layers)
         return self.transformer(x, self.freqs_cis(cond_mask, n), mask, no_cache, None, checkpointing)[:, -n - 1 :]
 
+    def logits(self, h):
+        """Logits (…, V) of hidden states (…, dim), in float32: bf16 would round away what one update changes."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.output(h.float())
+
     def forward(self, cond, cond_mask, tokens, use_cfg=False):
         """Logits (R, n + 1, V) of `tokens` (R, n) after a caption and of one more; see `hidden_states`."""
-        return self.output(self.hidden_states(cond, cond_mask, tokens, use_cfg))
+        return self.logits(self.hidden_states(cond, cond_mask, tokens, use_cfg))
 
     def new_kv_cache(self, rows, positions):
         """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
@@ -290,7 +299,7 @@ def generate(policy, cond, cond_mask, u, sampling=Sampling()):
 
     def sample_next():
         """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
-        next_logprobs = logits_to_logprobs(policy.output(h[:, 0]), sampling)  # (R, V)
+        next_logprobs = logits_to_logprobs(policy.logits(h[:, 0]), sampling)  # (R, V)
         token = sample_token(next_logprobs, u.index_select(1, n)[:, 0])[:, None]
         tokens.index_copy_(1, n, token)
         logprobs.index_copy_(1, n, next_logprobs.gather(1, token))
@@ -341,7 +350,7 @@ def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpoin
     h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], sampling.use_cfg, checkpointing)
 
     def score(h, tokens):
-        next_logprobs = logits_to_logprobs(policy.output(h), sampling)  # (R, n, V)
+        next_logprobs = logits_to_logprobs(policy.logits(h), sampling)  # (R, n, V)
         entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)
         return next_logprobs.gather(2, tokens[..., None])[..., 0], entropy
 
@@ -349,6 +358,12 @@ def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpoin
     scores = [maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks]
     logprobs, entropies = zip(*scores)
     return torch.cat(logprobs, 1), torch.cat(entropies, 1)
+
+
+def drop_captions(policy, cond, cond_mask, dropped):
+    """`cond`, a text encoder's, with "no caption" in the rows where `dropped` (B,): what guidance is learned from."""
+    rows = dropped.view(-1, *[1] * (cond.dim() - 1))
+    return torch.where(rows, policy.cls_embedding.unconditional(cond, cond_mask), cond)
 
 
 def token_logprobs(policy, cond, cond_mask, tokens, *args, **options):

@@ -36,14 +36,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from policy import Sampling, generate, score_tokens
+from policy import Sampling, drop_captions, generate, score_tokens
 
 
 @dataclass(frozen=True)
 class Config:
     """Defaults are the authors' for LlamaGen-XL, except `rank_k` and `ref_policy` (see above)."""
 
-    method: Annotated[Literal["ranke", "rl", "decoder"], "RankE, standard RL (no stage 2), or stage 2 alone"] = "ranke"
+    method: Annotated[
+        Literal["ranke", "rl", "decoder", "sft"], "RankE, no stage 2 (standard RL), stage 2 alone, or fine-tuning"
+    ] = "ranke"
     max_steps: Annotated[int, "steps of rollout, stage 1, stage 2, EMA"] = 6000
     batch_size: Annotated[int, "B, captions a step and process"] = 4
     group_size: Annotated[int, "G, rollouts a caption"] = 8
@@ -53,7 +55,9 @@ class Config:
     rollout_batch_size: Annotated[int, "rollouts sampled at once, whole captions; changes memory, not the samples"] = 32
     micro_batch_size: Annotated[int, "rollouts in a pass with gradients; changes memory, and adaptive GAN weights"] = 4
     gradient_checkpointing: Annotated[bool, "keep only the policy's layer inputs for the backward pass"] = True
-    max_grad_norm: Annotated[float, "largest gradient norm, for each network; 1e9 clips none"] = 1.0
+    max_grad_norm: Annotated[
+        float, "largest gradient norm of policy and of decoder; the discriminator's is not clipped"
+    ] = 1.0
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5
@@ -62,9 +66,11 @@ class Config:
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
     cfg_logprobs: Annotated[bool, "score as sampled, with guidance and temperature, not without (published)"] = False
+    caption_dropout: Annotated[float, "share of captions left out in --method sft, for guidance"] = 0.1
     # Stage 2
     decoder_lr: Annotated[float, "learning rate of D_φ and the post-quantization convolution"] = 5e-5
     disc_lr: Annotated[float, "learning rate of the discriminator"] = 2e-5
+    gan_beta2: Annotated[float, "AdamW's β₂ for decoder and discriminator"] = 0.999
     rank_k: Annotated[int, "K, best rollouts of a caption that stage 2 trains on; 0 is all G"] = 0
     rank_zscore: Annotated[bool, "rank by rewards standardized within the group, not by raw ones (paper)"] = False
     tau_start: Annotated[float, "τ of the rank weights at the first step"] = 4.0
@@ -101,11 +107,15 @@ class Config:
 
     @property
     def trains_policy(self):
-        return self.method in ("ranke", "rl")
+        return self.method != "decoder"
 
     @property
     def trains_decoder(self):
         return self.method in ("ranke", "decoder")
+
+    @property
+    def draws_rollouts(self):
+        return self.method != "sft"
 
 
 # ---- stage 1: token-level ranking ------------------------------------------------------------------------------------
@@ -161,7 +171,7 @@ def hinge_d_loss(logits_real, logits_fake):
 
 def hinge_g_loss(logits_fake, weights=1.0):
     """−mean(w disc(D(z))): what the decoder minimizes; logits (B, 1, h, w), weights (B,) or 1."""
-    return -(weights * logits_fake.float().mean((1, 2, 3))).mean()
+    return -(weights * logits_fake.mean((1, 2, 3))).mean()
 
 
 def adaptive_weight(recon_loss, gan_loss, last_layer):
@@ -229,7 +239,7 @@ class Models:
     def __init__(self, world, autocast, cfg):
         self.text_encoder, self.scorer, self.lpips = world.text_encoder, world.scorer, world.lpips  # frozen
         self.policy, self.vq, self.discriminator = world.policy, world.vq, world.discriminator
-        self.autocast = autocast  # bf16 on a GPU, off otherwise; losses and norms are float32 either way
+        self.autocast = autocast  # bf16 on a GPU, of the policy alone: one update of D_φ is less than bf16 resolves
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         # A third copy only where it is asked for: it is 3 GB at XL.
         self.ref_policy = self.policy_ema if cfg.ref_policy == "ema" else copy.deepcopy(self.policy_ema)
@@ -239,7 +249,7 @@ class Models:
             weight.requires_grad_(True)
         # Fused where it can be: the default makes temporaries as large as the policy.
         options = {"weight_decay": cfg.weight_decay, "fused": next(self.policy.parameters()).is_cuda}
-        gan_options = options | {"betas": (0.9, 0.95)}  # as LlamaGen's tokenizer was trained
+        gan_options = options | {"betas": (0.9, cfg.gan_beta2)}
         self.policy_optimizer = torch.optim.AdamW(self.policy.parameters(), cfg.policy_lr, **options)
         self.decoder_optimizer = torch.optim.AdamW(self.vq.decoder_parameters(), cfg.decoder_lr, **gan_options)
         self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), cfg.disc_lr, **gan_options)
@@ -254,7 +264,7 @@ class Rollouts:
     text_emb: torch.Tensor  # (R, dim), the scorer's embeddings of the captions
     tokens: torch.Tensor  # (R, N)
     sampling_logprobs: torch.Tensor  # (R, N), of the guided, top-k distribution
-    images: torch.Tensor  # (R, 3, H, W), D_ema(z): what is rewarded, and what holds the decoder
+    images: torch.Tensor  # (R, 3, H, W), D_ema(z) in [-1, 1]: what is rewarded, and what holds the decoder
     rewards: torch.Tensor  # (B, G), 100 · cosine
 
 
@@ -308,12 +318,33 @@ def rollout(models, captions, u, cfg):
     cond, cond_mask = models.text_encoder(captions)
     with models.autocast:
         tokens, logprobs = sample_tokens(models.policy, cond, cond_mask, u, cfg)  # (B, G, N)
-        tokens, logprobs = tokens.flatten(0, 1), logprobs.flatten(0, 1)  # (R, N)
-        images = in_batches(models.vq_ema.decode, tokens, size=cfg.micro_batch_size)  # (R, 3, H, W)
-        text_emb = models.scorer.encode_text(captions).repeat_interleave(G, 0)  # (R, dim)
-        rewards = in_batches(models.scorer, images, text_emb, size=cfg.micro_batch_size).view(B, G)
+    tokens, logprobs = tokens.flatten(0, 1), logprobs.flatten(0, 1)  # (R, N)
+    images = in_batches(models.vq_ema.decode, tokens, size=cfg.micro_batch_size).clamp(-1, 1)  # (R, 3, H, W)
+    text_emb = models.scorer.encode_text(captions).repeat_interleave(G, 0)  # (R, dim)
+    rewards = in_batches(models.scorer, images, text_emb, size=cfg.micro_batch_size).view(B, G)
     cond, cond_mask = cond.repeat_interleave(G, 0), cond_mask.repeat_interleave(G, 0)
     return Rollouts(cond, cond_mask, text_emb, tokens, logprobs, images, rewards)
+
+
+def finetune_policy(models, captions, images, u, cfg):
+    """Supervised fine-tuning, the paper's second row: cross-entropy of π_θ on real images' codes.
+
+    `captions` B of `images` (B, 3, H, W); one is left out where u (B,) < caption_dropout. Returns what to log.
+    """
+    cond, cond_mask = models.text_encoder(captions)
+    with torch.no_grad():
+        tokens = in_batches(models.vq.encode, images, size=cfg.micro_batch_size)  # (B, N)
+    B, logs = len(tokens), {}
+    for i in torch.arange(B, device=tokens.device).split(cfg.micro_batch_size):
+        with models.autocast:
+            given = drop_captions(models.policy, cond[i], cond_mask[i], u[i] < cfg.caption_dropout)
+            scored = (models.policy, given, cond_mask[i], tokens[i])
+            logprobs, entropy = score_tokens(*scored, checkpointing=cfg.gradient_checkpointing)
+        loss, share = -logprobs.mean(), len(i) / B
+        (share * loss).backward()
+        add_to_logs(logs, share, policy_loss=loss, entropy=entropy.mean())
+    logs["policy_grad_norm"] = optimizer_step(models.policy_optimizer, cfg.max_grad_norm)
+    return logs
 
 
 def update_policy(models, rollouts, step, cfg):
@@ -346,17 +377,15 @@ def update_policy(models, rollouts, step, cfg):
 
 def update_discriminator(models, rollouts, images, cfg):
     """Trains the discriminator on real images (B', 3, H, W) against decoded ones. Returns what to log."""
-    with torch.no_grad(), models.autocast:
-        codes = rollouts.tokens
-        if cfg.disc_fakes == "reconstructions":
+    with torch.no_grad():
+        if cfg.disc_fakes == "rollouts":
+            fakes = in_batches(models.vq.decode, rollouts.tokens, size=cfg.micro_batch_size).clamp(-1, 1)
+        else:
             codes = in_batches(models.vq.encode, images, size=cfg.micro_batch_size)
-        fakes = in_batches(models.vq.decode, codes, size=cfg.micro_batch_size)
-    with models.autocast:
-        logits_real = models.discriminator(images)
-        logits_fake = models.discriminator(fakes)
-    loss = hinge_d_loss(logits_real.float(), logits_fake.float())
+            fakes = in_batches(models.vq.decode, codes, size=cfg.micro_batch_size)
+    loss = hinge_d_loss(models.discriminator(images), models.discriminator(fakes))
     loss.backward()
-    norm = optimizer_step(models.disc_optimizer, cfg.max_grad_norm)
+    norm = optimizer_step(models.disc_optimizer, math.inf)
     return {"disc_loss": loss.item(), "disc_grad_norm": norm}
 
 
@@ -376,24 +405,22 @@ def update_decoder(models, rollouts, images, step, cfg):
     if cfg.lambda_d or use_gan or cfg.lambda_c:
         for n in torch.arange(len(kept), device=kept.device).split(cfg.micro_batch_size):
             i, w, losses = kept[n], weights[n], {}
-            with models.autocast:
-                decoded = models.vq.decode(rollouts.tokens[i])  # D(z)
-                if cfg.lambda_d:  # −mean(w r(D(z))): the reward, back-propagated through the decoder
-                    losses["reward_loss"] = -cfg.lambda_d * (w * models.scorer(decoded, rollouts.text_emb[i])).mean()
-                if use_gan:  # −mean(w disc(D(z))): Rank-GAN; the uniform GAN has w = 1
-                    gan_loss = hinge_g_loss(models.discriminator(decoded), w if cfg.gan == "rank" else 1.0)
-                    losses["rank_gan_loss"] = cfg.lambda_g * disc_weight * gan_loss
-                if cfg.lambda_c:  # Ω_φ, second half: LPIPS(D(z), D_ema(z)), the consistency anchor
-                    losses["consistency_loss"] = cfg.lambda_c * models.lpips(decoded, rollouts.images[i]).mean()
+            decoded = models.vq.decode(rollouts.tokens[i]).clamp(-1, 1)  # D(z)
+            if cfg.lambda_d:  # −mean(w r(D(z))): the reward, back-propagated through the decoder
+                losses["reward_loss"] = -cfg.lambda_d * (w * models.scorer(decoded, rollouts.text_emb[i])).mean()
+            if use_gan:  # −mean(w disc(D(z))): Rank-GAN; the uniform GAN has w = 1
+                gan_loss = hinge_g_loss(models.discriminator(decoded), w if cfg.gan == "rank" else 1.0)
+                losses["rank_gan_loss"] = cfg.lambda_g * disc_weight * gan_loss
+            if cfg.lambda_c:  # Ω_φ, second half: LPIPS(D(z), D_ema(z)), the consistency anchor
+                losses["consistency_loss"] = cfg.lambda_c * models.lpips(decoded, rollouts.images[i]).mean()
             loss, share = sum(losses.values()), len(i) / len(kept)
             (share * loss).backward()
             add_to_logs(logs, share, **losses, decoder_loss=loss)
     if cfg.lambda_r:
         last_layer = models.vq.decoder.conv_out.weight
         for x in images.split(cfg.micro_batch_size):
-            with models.autocast:
-                recon = models.vq.decode(models.vq.encode(x))
-                anchor = reconstruction_anchor(x, recon, models.lpips, models.discriminator, disc_weight, last_layer)
+            recon = models.vq.decode(models.vq.encode(x))
+            anchor = reconstruction_anchor(x, recon, models.lpips, models.discriminator, disc_weight, last_layer)
             loss, share = cfg.lambda_r * anchor, len(x) / len(images)
             (share * loss).backward()
             add_to_logs(logs, share, reconstruction_loss=loss, decoder_loss=loss)
@@ -411,12 +438,19 @@ def train_step(models, captions, images, u, step, cfg):
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     for group in models.policy_optimizer.param_groups:
         group["lr"] = cfg.policy_lr * warmup
-    rollouts = rollout(models, captions, u, cfg)
-    logs = {"reward": rollouts.rewards.mean().item(), "reward_std": rollouts.rewards.std(1).mean().item()}
-    if cfg.trains_policy:
+    logs = {}
+    if cfg.draws_rollouts:
+        rollouts = rollout(models, captions, u, cfg)
+        shares = torch.bincount(rollouts.tokens.flatten()) / rollouts.tokens.numel()  # of each code
+        logs["reward"] = rollouts.rewards.mean().item()
+        logs["reward_std"] = rollouts.rewards.std(1).mean().item()
+        logs["token_entropy"] = torch.special.entr(shares).sum().item() / math.log(2)  # bits
+    if cfg.method == "sft":
+        logs |= finetune_policy(models, captions[: len(images)], images[: len(captions)], u[:, 0, 0], cfg)
+    elif cfg.trains_policy:
         logs |= update_policy(models, rollouts, step, cfg)
-        if (step + 1) % cfg.policy_ema_every == 0:
-            ema_update(models.policy_ema, models.policy, cfg.policy_ema)
+    if cfg.trains_policy and (step + 1) % cfg.policy_ema_every == 0:
+        ema_update(models.policy_ema, models.policy, cfg.policy_ema)
     if cfg.trains_decoder:
         logs |= update_decoder(models, rollouts, images, step, cfg)
         ema_update(models.vq_ema, models.vq, cfg.decoder_ema)

@@ -75,7 +75,7 @@ class TrainConfig(Config):
     num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
     per_prompt: Annotated[int, "images a caption of --sample"] = 1
     device: Annotated[Literal["cpu", "cuda"], "where it runs"] = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: Annotated[Literal["auto", "float32", "bf16"], "of passes; auto: bf16 on cuda"] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bf16"], "of the policy's layers; auto: bf16 on cuda"] = "auto"
     base: Annotated[str, "folder of the embedded world's base"] = str(Path(__file__).with_name("scenes"))
     eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 2048
     eval_every: Annotated[int, "steps between evaluations on the embedded world; 0: the last step alone"] = 0
@@ -184,8 +184,9 @@ def sample_images(policy, decoders, text_encoder, captions, u, cfg):
     """Tokens (n, N) of n captions, drawn from u (n, N) like rollouts; each decoder's images (n, 3, H, W)."""
     cond, cond_mask = text_encoder(captions)
     with make_autocast(cfg):
-        tokens = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)[0][:, 0]
-        return tokens, *(in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders)
+        tokens, _ = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)  # (n, 1, N)
+    tokens = tokens[:, 0]
+    return tokens, *(in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders)
 
 
 def sample(cfg):

@@ -257,7 +257,13 @@ def patch_discriminator(ndf=64, n_layers=3, kernel=4):
         stride = 2 if i < n_layers - 1 else 1
         conv = nn.Conv2d(widths[i], widths[i + 1], kernel, stride, padding=1, bias=False)
         layers += [conv, nn.GroupNorm(8, widths[i + 1]), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, kernel, padding=1))
+    layers.append(nn.Conv2d(widths[-1], 1, kernel, padding=1))
+    for layer in layers:  # as CycleGAN's and VQ-GAN's discriminators start; biases stay PyTorch's
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.02)
+        elif isinstance(layer, nn.GroupNorm):
+            nn.init.normal_(layer.weight, mean=1.0, std=0.02)
+    return nn.Sequential(*layers)
 
 
 class LPIPS(nn.Module):

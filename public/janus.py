@@ -39,12 +39,17 @@ class PromptEmbedder(nn.Module):
         # Never trained: most words get no gradient in a run, and weight decay would shrink them all the same.
         self.embed_tokens = nn.Embedding(text_vocab_size, dim).requires_grad_(False)
 
+    def unconditional(self, input_ids, cond_mask):
+        """What stands for "no caption" in the place of these prompts (B, T)."""
+        keep = cond_mask & ~F.pad(cond_mask[:, :-1], (1, 0))  # the first real word
+        keep[:, -1] = True  # and the last; pad words between them are attended to, as in Janus
+        return input_ids.where(keep, self.pad_id)
+
     def forward(self, input_ids, cond_mask, use_cfg):
         """(B, T) and mask (B, T) to (B, T, dim) and mask; `use_cfg` appends B unconditional rows."""
         if use_cfg:
-            keep = cond_mask & ~F.pad(cond_mask[:, :-1], (1, 0))  # the first real word
-            keep[:, -1] = True  # and the last; pad words between them are attended to, as in Janus
-            input_ids, cond_mask = torch.cat([input_ids, input_ids.where(keep, self.pad_id)]), cond_mask.repeat(2, 1)
+            input_ids = torch.cat([input_ids, self.unconditional(input_ids, cond_mask)])
+            cond_mask = cond_mask.repeat(2, 1)
         return self.embed_tokens(input_ids), cond_mask
 
 

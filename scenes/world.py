@@ -32,7 +32,7 @@ from torch import nn
 from files.disk import atomic_save, expect, reading
 from files.weights import load, read_checkpoint, save_networks
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
-from policy import GPTConfig, Policy, left_pad, load_llamagen, token_logprobs
+from policy import GPTConfig, Policy, drop_captions, left_pad, load_llamagen, token_logprobs
 from rankee import World, hinge_d_loss, in_batches, random_stream, reconstruction_anchor
 from vq import LPIPS, VQConfig, VQModel, load_vq, patch_discriminator
 
@@ -289,7 +289,7 @@ SETTINGS = f"""
 --out runs/scenes --data scenes --image-size {RESOLUTION} --max-steps 80 --batch-size 16 --cfg-scale 4 --top-k 0
 --rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --cfg-logprobs --rank-k 2 --rank-zscore
 --policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
---disc-lr 1e-3 --disc-start 0 --lambda-d 0.05 --decoder-ema 0.9
+--disc-lr 1e-3 --disc-start 0 --gan-beta2 0.95 --lambda-d 0.05 --decoder-ema 0.9
 """
 
 
@@ -463,8 +463,7 @@ def train_policy(vq, steps, seed):
         wrong = torch.from_numpy(rng.random((64, 7))) < 0.3
         noisy = torch.where(wrong, random_attributes(64, rng), attributes[rows])
         cond, cond_mask = text_encoder([caption(row) for row in noisy])
-        dropped = torch.from_numpy(rng.random((64, 1, 1))) < 0.1
-        cond = torch.where(dropped, policy.cls_embedding.uncond_embedding, cond)
+        cond = drop_captions(policy, cond, cond_mask, torch.from_numpy(rng.random(64)) < 0.1)
         return -token_logprobs(policy, cond, cond_mask, tokens[rows]).mean()
 
     fit("policy", list(policy.parameters()), steps, 4e-3, loss_at)
