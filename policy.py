@@ -81,27 +81,12 @@ def apply_rotary_emb(x, freqs_cis):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, twice as fast on a CPU for the few rows of a decoding step.
-
-    Such a step takes as long as reading the matrix. MKL reads it at the memory's full rate for one row, but
-    at half of that for two, which guidance needs; with the matrix as left factor it keeps the full rate.
-    """
-
-    def forward(self, x):
-        if x.device.type != "cpu" or not 2 <= x.shape[:-1].numel() <= 64:
-            return super().forward(x)
-        # Contiguous, or the next layer's right factor would be in the other memory layout, the slow one.
-        y = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias.type_as(y)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = Linear(config.dim, config.dim, bias=False)
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, freqs_cis, mask, kv_cache, input_pos):
         qkv = self.wqkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, head_dim)
@@ -117,9 +102,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w1 = Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = Linear(config.ffn_dim, config.dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -144,7 +129,7 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.uncond_embedding = nn.Parameter(torch.zeros(config.cls_token_num, config.caption_dim))
-        fc1, fc2 = (Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
+        fc1, fc2 = (nn.Linear(width, config.dim, bias=False) for width in (config.caption_dim, config.dim))
         self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
     def unconditional(self, cond, cond_mask):
@@ -167,7 +152,7 @@ class Policy(nn.Module):
         self.config = config
         self.cls_embedding = CaptionEmbedder(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 

@@ -49,9 +49,6 @@ class Config:
     max_steps: Annotated[int, "steps of rollout, stage 1, stage 2, EMA"] = 6000
     batch_size: Annotated[int, "B, captions a step and process"] = 4
     group_size: Annotated[int, "G, rollouts a caption"] = 8
-    cfg_scale: Annotated[float, "scale s of classifier-free guidance in rollouts; 1 is none"] = 6.0
-    temperature: Annotated[float, "sampling temperature in rollouts"] = 1.0
-    top_k: Annotated[int, "codes a rollout chooses from; 0 is all"] = 1000
     rollout_batch_size: Annotated[int, "rollouts sampled at once, whole captions; changes memory, not the samples"] = 32
     micro_batch_size: Annotated[int, "rollouts in a pass with gradients; changes memory, and adaptive GAN weights"] = 4
     gradient_checkpointing: Annotated[bool, "keep only the policy's layer inputs for the backward pass"] = True
@@ -91,6 +88,10 @@ class Config:
     policy_ema: Annotated[float, "decay of the policy's EMA"] = 0.999
     policy_ema_every: Annotated[int, "steps between updates of the policy's EMA"] = 10
     decoder_ema: Annotated[float, "decay of the decoder's EMA, every step"] = 0.99
+    # Sampling
+    cfg_scale: Annotated[float, "scale s of classifier-free guidance; 1 is none"] = 6.0
+    temperature: Annotated[float, "sampling temperature"] = 1.0
+    top_k: Annotated[int, "codes to choose from; 0 is all"] = 1000
 
     @property
     def sampling(self):
@@ -229,6 +230,7 @@ class World:
     batches: Callable  # first step, process, processes → yields a step's captions and real images (B', 3, H, W)
     captions: list  # drawn before, during and after the run; the first 8 are shown
     images: torch.Tensor  # (8, 3, H, W), real images of the first 8
+    data: str  # says which data these are; a resumed run compares it
     evaluate: Callable | None  # tokens and images drawn for `captions` → numbers by name, if the world has any
     save_networks: Callable  # folder, networks by name: files for other programs
 
@@ -309,6 +311,23 @@ def sample_tokens(policy, cond, cond_mask, u, cfg):
         tokens.append(drawn[0])
         logprobs.append(drawn[1])
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def make_autocast(cfg):
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cfg.device == "cuda")
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=bf16)
+
+
+@torch.no_grad()
+def sample_images(policy, decoders, text_encoder, captions, u, cfg):
+    """Draws n captions from u (n, N) as rollouts are: tokens (n, N), their log-probabilities (n, N), and a list
+    of each decoder's images (n, 3, H, W).
+    """
+    cond, cond_mask = text_encoder(captions)
+    with make_autocast(cfg):
+        tokens, logprobs = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)  # (n, 1, N)
+    tokens, logprobs = tokens[:, 0], logprobs[:, 0]
+    return tokens, logprobs, [in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders]
 
 
 @torch.no_grad()

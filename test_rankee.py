@@ -289,7 +289,7 @@ def test_janus_is_post_trained_and_comes_back(tmp_path):
     reward = f"--reward hpsv2 --reward-weights {F}/hps.pt"
     end(start(f"{RUN} {reward} --ckpt {F}/janus --out {tmp_path} --max-steps 1"))
     preset = train.parse_config(["--ckpt", str(F / "janus"), "--data", "x"])
-    assert [preset.cfg_scale, preset.top_k, preset.policy_lr, preset.lambda_d] == [5.0, 0, 1e-4, 0.05]
+    assert [preset.cfg_scale, preset.top_k, preset.policy_lr, preset.lambda_d] == [5.0, 1000, 1e-4, 0.05]
     was, now = (load_state_dict(folder) for folder in (F / "janus", tmp_path / "policy"))
     trained = {name for name in changed(was, now) if now[name].dtype == torch.float32}
     parts = ("language_model.model.layers.", "language_model.model.norm", "gen_embed", "gen_aligner", "gen_head")
@@ -544,6 +544,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "at least --rank-k": "train --rank-k 9 | train --group-size 1",
     "a_bus": "train --sample a_bus",
     "holds --ckpt or --vq; name another folder": f"train --ckpt {CKPT} --out {F}",
+    "there is no run in": "train --resume",
     "ckpt.pt: not a run, or one of another version": "train --resume --out .",
     # Weights that are another model's, random, or somebody's code
     "expected an undamaged checkpoint": "draw --ckpt truncated.pt",
@@ -556,10 +557,11 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "t5-mute: ": "draw --t5 t5-mute",  # without its tokenizer's files every word would be <unk>
     "another rotary embedding": "draw --ckpt janus-rotary",
     # Nothing to train on, half of a shard, a caption of another picture
-    "cannot be read": "run --data half.tar | run --data bad.json | draw --t5 empty | train --resume | metrics clip ../pairs",
+    "cannot be read": "run --data half.tar | run --data bad.json | draw --t5 empty | metrics clip ../pairs",
     "twice.json: two of its images have one id": "run --data twice.json",
     # Missing paths that are found one a start, or after a download
-    "--data DIR": "run --data '' | run --data '' --vq no --vgg no",
+    "--data no: no such file": "run --data no | run --data no --vq no --vgg no",
+    "--vq no: no such file": "run --vq no | draw --vq no --t5 no",
     "/proc/no: cannot be made": "run --vq gone --out /proc/no",
     # A wrong folder or file that ends in a number, or is found after the network's work
     ": no image": "run --data empty | fid damaged | fid empty --inception lfs.pt | metrics token-kl one t5-mute --vq lfs.pt",
@@ -629,7 +631,7 @@ def test_a_killed_run_goes_on_bit_for_bit(request, tmp_path, whole, kill):
     assert ("--workers: 2 -> 0" in end(start(f"--resume --workers 0 --out {tmp_path}/run"))) == (whole == "data_run")
     # Weights, EMA, moments, log and results; only the folder, its options and the seconds may differ.
     a, b = request.getfixturevalue(whole)[0], tmp_path / "run"
-    x, y = (torch.load(out / "ckpt.pt") | {"config": 0, "rows": 0} for out in (a, b))
+    x, y = (torch.load(out / "ckpt.pt") | {"config": 0, "rows": 0, "data": 0} for out in (a, b))
     logs = [[line | {"seconds": 0} for line in read_log(out)] for out in (a, b)]
     close(x, y, atol=0)
     assert logs[0] == logs[1] and len(logs[0]) == x["step"]
@@ -689,7 +691,7 @@ def test_a_full_disk_leaves_what_was_saved(data_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(data_run[0], out)
     said = end(start(f"--resume --max-steps 4 --out {out}", fill_disk), status=2)
-    assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*"))
+    assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*.partial"))
     assert all((out / name).read_bytes() == (data_run[0] / name).read_bytes() for name in ("vq.pt", "ckpt.pt"))
     with pytest.raises(InputError, match="full: cannot be"), contextlib.redirect_stdout(open("/dev/full", "w")):
         train.log_step("/dev/full", 1, 9, {"reward": 1.0})

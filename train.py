@@ -1,49 +1,49 @@
-"""Post-training with RankE: settings, data, the loop, checkpoints, images.
+"""Post-training with RankE: settings, the loop, checkpoints, --sample.
 
-    python train.py                                         the whole job on the embedded world, minutes on a CPU
-    python train.py --method rl --out runs/rl               standard RL: the decoder stays frozen
-    python train.py --ckpt t2i_XL_stage1_256.pt --data DIR  LlamaGen-XL; what is not named is fetched once
-    python train.py --ckpt deepseek-ai/Janus-Pro-1B --data DIR        the other public policy
-    python train.py --ckpt CKPT --sample "a red bus" --out DIR        images, in GenEval's layout; for a run on
-                                                            the embedded world with --data scenes
-    python train.py --resume --out DIR                      go on where a run was stopped
-    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py …     on several GPUs
+    python train.py                        the whole job on the embedded world,
+                                           minutes on a CPU
+    python train.py --method rl --out runs/rl          standard RL, no stage 2
+    python train.py --ckpt llamagen_xl.pt              LlamaGen-XL; what is not
+                                           here is fetched once
+    python train.py --ckpt deepseek-ai/Janus-Pro-1B    the other public policy
+    python train.py --ckpt RUN --sample "a red bus" --out DIR
+                                           images, in GenEval's layout
+    python train.py --resume --out DIR     go on where a run was stopped
+    torchrun --nproc_per_node=8 train.py …             on several GPUs
 
---data is a folder of images with .txt captions of the same names, webdataset tars of these, or a COCO
-captions .json. Every option of the method is a field of `rankee.Config`, whose defaults are the authors' for
-LlamaGen; each world's `preset` holds what differs. A run leaves in --out: log.jsonl (a line a step),
-preview-….png, policy.pt, policy_ema.pt and vq.pt (with the decoder's EMA) in LlamaGen's layout, or folders in
-Janus-Pro's; on the embedded world results.json; and ckpt.pt, one dict of settings, step, weights and
-optimizers. No random state: what a step draws is a function of seed, step and process.
+Every option of the method is a field of rankee.Config, whose defaults are the
+authors' for LlamaGen; each world's preset holds what differs. A run leaves in
+--out: ckpt.pt, one dict of settings, step, weights and optimizers; log.jsonl,
+a line a step; preview-….png; what was trained as policy.pt and vq.pt, their
+EMAs as policy_ema.pt and vq_ema.pt, in LlamaGen's layout, or as two folders in
+Janus-Pro's; discriminator.pt; on the embedded world results.json. No random
+state: what a step draws is a function of seed, step and process.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
+import importlib
 import json
 import math
-import os
-import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import public.world
-import scenes.world
+import scenes
+from files import options
 from files.disk import InputError, atomic_save, expect, make_folder, reading
-from files.images import save_preview, to_pil
-from files.weights import read_checkpoint
-from public.data import read_prompts
-from rankee import Config, Models, in_batches, random_stream, sample_tokens, train_step, uniform
+from files.images import save_preview
+from files.options import option_name
+from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
+from files.weights import read_checkpoint, run_settings
+from public.sample import sample
+from rankee import Config, Models, make_autocast, random_stream, sample_images, train_step, uniform
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -52,218 +52,164 @@ LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """The method's settings and a run's. Networks are public files by default (`files.weights.download`), else paths."""
+    """The method's settings and a run's. Networks are public files by default (`files.weights.download`)."""
 
-    out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
-    seed: Annotated[int, "seed of everything that is drawn"] = 0
-    ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run's, or a public name"] = (
-        "t2i_XL_stage1_256.pt"
-    )
-    vq: Annotated[str, "VQ tokenizer in LlamaGen's layout; Janus-Pro has its own"] = (
-        "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
-    )
+    # Sampling, with `Config`'s
+    padding: Annotated[Literal["left", "right"], "of LlamaGen's captions; the authors' COCO images: right"] = "left"
+    sample: Annotated[list[str], "draw these captions, or a file's: .txt, .csv, GenEval's .jsonl, COCO's .json"] = ()
+    num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
+    per_prompt: Annotated[int, "images a caption of --sample"] = 1
+    # Files
+    ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run, or a public name"] = "llamagen_xl.pt"
+    vq: Annotated[str, "VQ tokenizer; Janus-Pro has its own"] = "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
     image_size: Annotated[int, "pixels a side; over the tokenizer's factor: the token grid"] = 256
-    data: Annotated[str, "images with captions, see above; or the word scenes"] = ""
+    data: Annotated[str, "images with .txt, tars of these, COCO's .json; or: scenes"] = ""
     t5: Annotated[str, "LlamaGen's text encoder"] = "google/flan-t5-xl"
     t5_device: Annotated[Literal["", "cpu", "cuda"], "where the text encoder is, if not on --device"] = ""
     reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2.1"] = "clip"
     reward_weights: Annotated[str, "the scorer's file, if not the published one"] = ""
     vgg: Annotated[str, "VGG16, for LPIPS"] = "https://download.pytorch.org/models/vgg16-397923af.pth#397923af"
     lpips: Annotated[str, "LPIPS' linear layers"] = f"{LPIPS}/vgg.pth#a78928a0"
-    workers: Annotated[int, "processes that read images; 0: none, the run reads them itself"] = 4
-    sample: Annotated[list[str], "draw these captions, or those of a .txt, GenEval's .jsonl, COCO's .json"] = ()
-    num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
-    per_prompt: Annotated[int, "images a caption of --sample"] = 1
+    base: Annotated[str, "folder of the embedded world's base"] = str(Path(scenes.__file__).parent)
+    # Run
+    out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
+    seed: Annotated[int, "seed of everything that is drawn"] = 0
+    workers: Annotated[int, "processes that read images, at most; 0: the run itself"] = 4
     device: Annotated[Literal["cpu", "cuda"], "where it runs"] = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Annotated[Literal["auto", "float32", "bf16"], "of the policy's layers; auto: bf16 on cuda"] = "auto"
-    base: Annotated[str, "folder of the embedded world's base"] = str(Path(__file__).with_name("scenes"))
     eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 2048
-    eval_every: Annotated[int, "steps between evaluations on the embedded world; 0: the last step alone"] = 0
-    save_every: Annotated[int, "steps between checkpoints and previews; the last step always makes them"] = 500
+    eval_every: Annotated[int, "steps between evaluations; 0: the last step alone"] = 0
+    save_every: Annotated[int, "steps between checkpoints and previews; the last step makes them too"] = 500
+    keep_exports: Annotated[bool, "keep the networks of each save, in OUT/STEP"] = False
     resume: Annotated[bool, "go on from --out's checkpoint with its settings, but for those given"] = False
 
 
+# --help's groups: the option that begins each, in the order of the fields.
+GROUPS = {
+    "method": "method",
+    "policy_lr": "stage 1",
+    "decoder_lr": "stage 2",
+    "policy_ema": "EMA",
+    "cfg_scale": "sampling",
+    "ckpt": "files",
+    "out": "run",
+}
 # Options that cannot be 0, since something is counted or divided by them.
 POSITIVE = """max_steps batch_size rollout_batch_size micro_batch_size temperature tau_start tau_end policy_ema_every
 clip_eps max_grad_norm image_size per_prompt eval_samples save_every"""
+# Words of --data that name a world; all else is the public one.
+WORLDS = {"scenes": "scenes.world"}
 
 
 def world_of(data):
     """The module of a world: `preset`, `resolve_files`, `load_pretrained` and `load_world` (a `rankee.World`)."""
-    return scenes.world if data == "scenes" else public.world
+    return importlib.import_module(WORLDS.get(data, "public.world"))
 
 
 def option_parser():
-    raw, usage = argparse.RawDescriptionHelpFormatter, "train.py [options]   (--help lists them)"
-    parser = argparse.ArgumentParser("train.py", usage, __doc__, formatter_class=raw, allow_abbrev=False)
-    for field in dataclasses.fields(TrainConfig):
-        kind, text = field.type.__origin__, field.type.__metadata__[0]
-        option = {"help": f"{text} [{field.default}]", "default": argparse.SUPPRESS}
-        if kind is bool:
-            option["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is Literal:
-            option["choices"] = get_args(kind)
-        elif get_origin(kind) is list:
-            option["nargs"] = "+"
-        else:
-            option["type"] = kind
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
-    return parser
+    """The parser of the command line; --help shows the embedded world's settings beside the defaults."""
+    plain = options.option_parser(TrainConfig, "train.py", __doc__, GROUPS)
+    embedded = options.parse_options(plain, scenes.SETTINGS.split())
+    return options.option_parser(TrainConfig, "train.py", __doc__, GROUPS, {"scenes": embedded})
 
 
-def parse_config(argv):
-    """A command line's `TrainConfig`. Defaults are the authors' for the policy that is named, or the scenes'.
+def parse_config(argv=None):
+    """A command line's `TrainConfig`. Raises InputError for values that cannot be meant.
 
-    With --resume they are the saved run's. Raises InputError for values that cannot be meant.
+    What is not given is, with --resume, the saved run's; else what belongs to the weights, where --ckpt is a
+    run's; else the world's preset; else the default.
     """
     parser = option_parser()
-    given = vars(parser.parse_args(argv))
-    if given.get("ckpt") and Path(given["ckpt"]).exists():  # perhaps a run's, whose tokenizer was trained with it
-        run = Path(given["ckpt"])
-        policy = next((path for path in (run / "policy.pt", run / "policy") if path.exists()), run)
-        own = {"vq": str(policy.parent / "vq.pt")} if (policy.parent / "vq.pt").exists() else {}
-        given = own | given | {"ckpt": str(policy)}
-    data = given.get("data", "" if "ckpt" in given else "scenes")
-    settings = vars(parser.parse_args(world_of(data).preset(given)))
+    given = options.parse_options(parser, sys.argv[1:] if argv is None else argv)
     if given.get("resume"):
-        file = Path(given.get("out", settings.get("out", TrainConfig.out)), "ckpt.pt")
-        settings = read_checkpoint(file).get("config", {})
-        same_version = settings.keys() == vars(TrainConfig()).keys()
-        expect(same_version, f"{file}: not a run, or one of another version; go on with that one, or begin anew")
-        for name in given:
-            if given[name] != settings[name] and name != "resume":
-                print(f"--{name.replace('_', '-')}: {settings[name]} -> {given[name]}")
+        settings = saved_settings(given)
+    else:
+        of_run = run_settings(given.pop("ckpt")) if "ckpt" in given else {}
+        known = of_run | given
+        data = known.get("data", "" if "ckpt" in known else "scenes")
+        settings = options.parse_options(parser, world_of(data).preset(known)) | of_run
+        if "sample" in given:
+            settings["out"] = "runs/samples"
     cfg = TrainConfig(**(settings | given))
-    for name, value in dataclasses.asdict(cfg).items():
-        least = "more than 0" if name in POSITIVE.split() else "0 or more"
-        fits = not isinstance(value, (int, float)) or 0 < value < math.inf or (value == 0 and least == "0 or more")
-        expect(fits, f"--{name.replace('_', '-')} {value}: expected {least}, and finite")
-    expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
-    overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
-    expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
-    expect(max(cfg.policy_ema, cfg.decoder_ema) <= 1, "--policy-ema, --decoder-ema: expected 0 or more, 1 at most")
-    cuda = "cuda" in (cfg.device, cfg.t5_device)
-    expect(not cuda or torch.cuda.is_available(), "--device or --t5-device cuda: there is none; give cpu")
+    check_config(cfg)
     return cfg
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+def saved_settings(given):
+    """The settings of the run that is resumed; says which of them are given otherwise."""
+    out = Path(given.get("out", "runs/scenes"))
+    expect((out / "ckpt.pt").exists(), f"--resume: there is no run in {out} (no ckpt.pt); name its folder with --out")
+    settings = read_checkpoint(out / "ckpt.pt").get("config", {})
+    same_version = settings.keys() == vars(TrainConfig()).keys()
+    expect(same_version, f"{out / 'ckpt.pt'}: not a run, or one of another version; go on with that one, or begin anew")
+    for name, value in given.items():
+        if value != settings[name] and name != "resume":
+            print(f"{option_name(name)}: {settings[name]} -> {value}")
+    return settings
+
+
+def check_config(cfg):
+    """Raises InputError for values that cannot be meant."""
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, (int, float)):
+            positive = name in POSITIVE.split()
+            fits = math.isfinite(value) and (value > 0 if positive else value >= 0)
+            least = "more than 0" if positive else "0 or more"
+            expect(fits, f"{option_name(name)} {value}: expected {least}, and finite")
+    expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
+    for name in ("policy_ema", "decoder_ema", "caption_dropout", "gan_beta2"):
+        expect(getattr(cfg, name) <= 1, f"{option_name(name)} {getattr(cfg, name)}: expected 0 or more, 1 at most")
+    overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
+    expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
+    cuda = "cuda" in (cfg.device, cfg.t5_device)
+    expect(not cuda or torch.cuda.is_available(), "--device or --t5-device cuda: there is none; give cpu")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 # What a checkpoint holds of `Models`; the frozen networks come from their own files again.
 CHECKPOINTED = "policy policy_ema vq vq_ema discriminator policy_optimizer decoder_optimizer disc_optimizer".split()
+# What is written for other programs: a policy and the decoder that was trained with it, and their EMAs.
+EXPORTED = ("policy", "vq", "policy_ema", "vq_ema", "discriminator")
+# A folder that holds one of these holds a run.
+RUN_FILES = ("ckpt.pt", "policy.pt", "policy", "vq.pt")
 
 
-def save_checkpoint(out, models, cfg, step, rows, world_size):
-    state = {"step": step, "config": dataclasses.asdict(cfg), "rows": rows, "world_size": world_size}
+def save_checkpoint(out, models, cfg, step, rows, world_size, data):
+    state = {"step": step, "config": dataclasses.asdict(cfg), "rows": rows, "world_size": world_size, "data": data}
     state |= {name: getattr(models, name).state_dict() for name in CHECKPOINTED}
     atomic_save(out / "ckpt.pt", lambda file: torch.save(state, file))
 
 
-def load_checkpoint(state, models, world_size):
+def load_checkpoint(state, models, world_size, data):
     """Fills `models` with what `save_checkpoint` kept, and frees it: `train` holds `state` to the end."""
-    if state["world_size"] != world_size:
-        print(f"processes: {state['world_size']} -> {world_size}; from here on other numbers are drawn")
+    for name, before, now in (("processes", state["world_size"], world_size), ("data", state["data"], data)):
+        if before != now:
+            print(f"{name}: {before} -> {now}; from here on other numbers are drawn")
     for name in CHECKPOINTED:
-        part, saved = getattr(models, name), state.pop(name)
+        part = getattr(models, name)
+        saved = state.pop(name)
         if "param_groups" in saved:  # an optimizer's: moments alone, since rates are settings
             saved = part.state_dict() | {"state": saved["state"]}
         with reading("ckpt.pt", "the networks that --ckpt and --data name", (RuntimeError, ValueError), verb="loaded"):
             part.load_state_dict(saved)
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def make_autocast(cfg):
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cfg.device == "cuda")
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=bf16)
-
-
-@torch.no_grad()
-def sample_images(policy, decoders, text_encoder, captions, u, cfg):
-    """Tokens (n, N) of n captions, drawn from u (n, N) like rollouts; each decoder's images (n, 3, H, W)."""
-    cond, cond_mask = text_encoder(captions)
-    with make_autocast(cfg):
-        tokens, _ = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)  # (n, 1, N)
-    tokens = tokens[:, 0]
-    return tokens, *(in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders)
-
-
-def sample(cfg):
-    """Draws the captions of --sample in GenEval's layout; what is there already is not drawn again.
-
-    A caption is in OUT/00000/metadata.jsonl, an image in OUT/00000/samples/0000.png, its tokens in 0000.npy.
-    An image depends only on the files, the settings, and which caption and which of its images it is.
-    """
-    prompts, todo = read_prompts(cfg.sample, cfg.num_images), []
-    expect("RANK" not in os.environ, "--sample runs as one process; start it without torchrun")
-    for i, prompt in enumerate(prompts):
-        folder = Path(cfg.out, f"{i:05d}")
-        make_folder(folder / "samples")
-        metadata, line = folder / "metadata.jsonl", json.dumps(prompt).encode()
-        if not metadata.exists():
-            atomic_save(metadata, lambda file: file.write(line))
-        expect(metadata.read_bytes() == line, f"{metadata} is of another caption; name another folder with --out")
-        paths = [folder / "samples" / f"{k:04d}.png" for k in range(cfg.per_prompt)]
-        todo += [(i, k, path) for k, path in enumerate(paths) if not path.exists()]
-    world = world_of(cfg.data)
-    policy, vq, text_encoder = world.load_pretrained(world.resolve_files(cfg))
-    N = policy.config.grid_size**2
-    for batch in tqdm(DataLoader(todo, cfg.rollout_batch_size, collate_fn=list), unit=" batches"):
-        u = torch.stack([uniform(random_stream(cfg.seed, "sample", i, k), N) for i, k, _ in batch])
-        captions = [prompts[i]["prompt"] for i, _, _ in batch]
-        tokens, images = sample_images(policy, [vq], text_encoder, captions, u.to(cfg.device), cfg)
-        for (_, _, path), image_tokens, image in zip(batch, tokens.cpu(), images):
-            atomic_save(path.with_suffix(".npy"), lambda file: np.save(file, image_tokens.numpy()))
-            atomic_save(path, lambda file: to_pil(image).save(file, "PNG"))
-    print(f"{len(todo)} of {len(prompts) * cfg.per_prompt} images drawn; the others were in {cfg.out} already")
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def init_distributed(device):
-    """This process' rank and how many torchrun started; (0, 1) without it."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait while the first evaluates.
-        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(hours=12))
-    return rank, world_size
-
-
-def catch_signals():
-    """The list to which Ctrl-C and SIGTERM are added, for the step's end; after the first, Ctrl-C kills."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return received
-
-
-def any_process(number, device):
-    """The largest of all processes' numbers: all stop after the same step."""
-    number = torch.tensor(number, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
-
-
-# What a step's line shows of its log.
-PRINTED = "reward kl policy_grad_norm decoder_loss disc_loss decoder_grad_norm seconds".split()
 
 
 def log_step(path, step, max_steps, logs):
     """A line for people and one of JSON for machines, where numbers that are not finite are null."""
     bad = [name for name, value in logs.items() if not math.isfinite(value)]
-    line = "  ".join(f"{name} {logs[name]:.3g}" for name in PRINTED if name in logs)
+    shown = [name for name in logs if name in ("reward", "kl", "seconds") or name.endswith(("_loss", "_grad_norm"))]
+    line = "  ".join(f"{name} {logs[name]:.3g}" for name in shown)
+    kept = [name.removesuffix("_grad_norm") for name in bad if name.endswith("_grad_norm")]
+    if kept:
+        line += f"  NO UPDATE of {', '.join(kept)}"
+    if bad:
+        line += f"  not finite: {', '.join(bad)}"
     with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` at once; the step is saved all the same
-        print(f"step {step}/{max_steps}  {line}", f"  NO UPDATE, not finite: {bad}" if bad else "", flush=True)
+        print(f"step {step}/{max_steps}  {line}", flush=True)
     with reading(path, "a disk with room", OSError, verb="written"), open(path, "a") as file:
         file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
 
@@ -281,45 +227,86 @@ def print_table(rows):
 
 
 def train(cfg):
-    """A whole run: load, post-train, evaluate, save."""
-    # Processes, the folder, and where an earlier run stopped
-    out = Path(cfg.out)
+    """A whole run, alone in its folder."""
     rank, world_size = init_distributed(cfg.device)
-    expect(cfg.resume or not (out / "ckpt.pt").exists(), f"--out {out}: holds a run; --resume it or name another one")
-    make_folder(out)
+    out = Path(cfg.out)
+    holds = [name for name in RUN_FILES if (out / name).exists()]
+    expect(cfg.resume or not holds, f"--out {out}: holds a run ({', '.join(holds)}); --resume it or name another one")
+    with alone_in(out) if rank == 0 else contextlib.nullcontext():
+        post_train(cfg, out, rank, world_size)
+
+
+class Watched:
+    """A world's captions, drawn from the same numbers before, during and after a run."""
+
+    def __init__(self, world, cfg):
+        self.world, self.cfg = world, cfg
+        N = world.policy.config.grid_size**2
+        self.u = uniform(random_stream(cfg.seed, "watched"), len(world.captions), N).to(cfg.device)
+
+    def draw(self, policy, decoders, n=None):
+        """Tokens (n, N) of the first n captions, and their images (n, 3, H, W) by each of the named decoders."""
+        captions, u = self.world.captions[:n], self.u[:n]
+        drawn = sample_images(policy, decoders.values(), self.world.text_encoder, captions, u, self.cfg)
+        tokens, _, images = drawn
+        return tokens, dict(zip(decoders, images))
+
+    def measure(self, policy, decoders, method, step):
+        """The world's numbers of all captions' images, a row a decoder."""
+        tokens, images = self.draw(policy, decoders)
+        where = {"method": method, "decoder": "", "step": step}
+        return [where | {"decoder": name} | self.world.evaluate(tokens, x) for name, x in images.items()]
+
+
+def post_train(cfg, out, rank, world_size):
+    """Loads, post-trains, evaluates, saves."""
+    # Where an earlier run stopped
+    torch.manual_seed(cfg.seed)  # for what has no stream of its own: the random weights of new modules
     state = read_checkpoint(out / "ckpt.pt") if cfg.resume else {"step": 0}
     start = state["step"]
+    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 
     # Networks and data
+    say("loading networks and data")
     cfg = world_of(cfg.data).resolve_files(cfg)
     world = world_of(cfg.data).load_world(cfg)
-    base_vq = copy.deepcopy(world.vq)  # what the trained decoder is compared with
     models = Models(world, make_autocast(cfg), cfg)
     N = models.policy.config.grid_size**2
+    base = {"base": copy.deepcopy(world.vq)}  # what the trained decoder is compared with
+    decoders = base | {"own": models.vq_ema} if cfg.trains_decoder else base
+    watched = Watched(world, cfg)
 
-    # What is watched: the world's captions, drawn from the same numbers before, during and after
-    captions, watched_u = world.captions, uniform(random_stream(cfg.seed, "watched"), len(world.captions), N)
-    decoders = {"base": base_vq, "own": models.vq_ema} if cfg.trains_decoder else {"base": base_vq}
-
-    def draw(n, *vqs):
-        """Tokens of the first n of these captions, and their images by each of the tokenizers."""
-        u = watched_u[:n].to(cfg.device)
-        return sample_images(models.policy, vqs, models.text_encoder, captions[:n], u, cfg)
-
-    tokens, base_images = draw(len(captions), base_vq)
     rows, log = [], ""
-    if world.evaluate:
-        rows.append({"method": "base", "decoder": "base", "step": 0} | world.evaluate(tokens, base_images))
+    if rank == 0:
+        say("drawing the base's images" + (f", {len(world.captions)} to measure" if world.evaluate else ""))
+        _, base_images = watched.draw(models.policy, base, 8)
+        if world.evaluate and not cfg.resume:
+            rows = watched.measure(models.policy, base, "base", 0)
     if cfg.resume:
-        load_checkpoint(state, models, world_size)
+        load_checkpoint(state, models, world_size, world.data)
         rows, log = state["rows"], read_log(out / "log.jsonl", start)
     if rank == 0:
         atomic_save(out / "log.jsonl", lambda file: file.write(log.encode()))
 
+    def save(step):
+        """Writes what can be resumed, then what is for others and for the eye."""
+        save_checkpoint(out, models, cfg, step, rows, world_size, world.data)
+        for folder in [out, out / f"{step:06d}"] if cfg.keep_exports else [out]:
+            make_folder(folder)
+            world.save_networks(folder, {name: getattr(models, name) for name in EXPORTED})
+        _, images = watched.draw(models.policy, decoders, 8)
+        columns = {"real": world.images} | base_images
+        columns |= {f"{cfg.method}, {name} decoder": x for name, x in images.items()}
+        save_preview(out / f"preview-{step:06d}.png", columns, world.captions[:8])
+
     # Post-train
-    received, bad_steps = catch_signals(), 0
-    batches = world.batches(start, rank, world_size)
-    with contextlib.closing(batches):  # else an exception leaves its workers, for which the exit waits for ever
+    bad_steps, batches = 0, world.batches(start, rank, world_size)
+    if start >= cfg.max_steps:
+        say(f"{out}: {start} steps are done already; --max-steps {cfg.max_steps} asks for no more")
+        if rank == 0:
+            save(start)  # it may have been ended between its last checkpoint and what is for others
+    # Closed, or an exception leaves the workers of `batches`, for which the exit waits for ever.
+    with noted_signals() as received, contextlib.closing(batches):
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
             started = time.perf_counter()
             u = uniform(random_stream(cfg.seed, "rollouts", step, rank), cfg.batch_size, cfg.group_size, N)
@@ -328,6 +315,7 @@ def train(cfg):
             logs["seconds"] = time.perf_counter() - started
 
             done, last = step + 1, step + 1 == cfg.max_steps
+            logs = mean_over_processes(logs, cfg.device)
             stop = any_process(max(received, default=0), cfg.device)  # a signal's number, or 0
             if rank == 0:
                 log_step(out / "log.jsonl", done, cfg.max_steps, logs)
@@ -336,18 +324,11 @@ def train(cfg):
                 sys.exit(f"train.py: numbers were not finite 5 steps in a row; {out} keeps what was saved")
 
             if rank == 0 and world.evaluate and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
-                tokens, *drawn = draw(len(captions), *decoders.values())
-                for name, x in zip(decoders, drawn):
-                    rows.append({"method": cfg.method, "decoder": name, "step": done} | world.evaluate(tokens, x))
+                say(f"drawing and measuring {len(world.captions)} images")
+                rows += watched.measure(models.policy, decoders, cfg.method, done)
                 atomic_save(out / "results.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
             if rank == 0 and (stop or last or done % cfg.save_every == 0):
-                _, *drawn = draw(8, *decoders.values())
-                columns = {"real": world.images, "base": base_images[:8]}
-                columns |= {f"{cfg.method}, {name} decoder": x for name, x in zip(decoders, drawn)}
-                save_preview(out / f"preview-{done:06d}.png", columns, captions[:8])
-                networks = {"policy": models.policy, "policy_ema": models.policy_ema, "vq": models.vq_ema}
-                world.save_networks(out, networks)
-                save_checkpoint(out, models, cfg, done, rows, world_size)  # the last: with it a save is whole
+                save(done)
             if stop:
                 if world_size > 1:
                     dist.barrier()  # torchrun ends all when one has gone; the first may be saving
@@ -359,12 +340,15 @@ def train(cfg):
 
 
 def main(argv=None):
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
     try:
         cfg = parse_config(argv)
-        run = sample if cfg.sample else train
-        run(cfg)
+        if cfg.sample:
+            sample(world_of(cfg.data), cfg)
+        else:
+            train(cfg)
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -30,7 +30,6 @@ import train
 from experiments.curves import run_script, save_figure, script_parser
 from files.disk import atomic_save, expect, make_folder
 from files.weights import read_checkpoint
-from rankee import random_stream, uniform
 from scenes import world
 
 # Key: the options that make it of RankE. The order is that of tables and legends, nothing else.
@@ -96,16 +95,17 @@ def swap(configs):
     base = world.load_world(cfg)
     pairs = {"base": (base.policy, base.vq)}
     for key, run in configs.items():
-        pairs[key] = world.load_pretrained(dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq.pt"))
+        pairs[key] = world.load_pretrained(
+            dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq_ema.pt")
+        )
     policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].trains_policy}
     decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].trains_decoder}
 
-    N = policies["base"].config.grid_size ** 2
-    u = uniform(random_stream(cfg.seed, "watched"), cfg.eval_samples, N).to(cfg.device)  # what the runs were drawn with
+    watched = train.Watched(base, cfg)  # what the runs were measured on
     for key, policy in policies.items():
-        tokens, *drawn = train.sample_images(policy, decoders.values(), base.text_encoder, base.captions, u, cfg)
-        for decoder, images in zip(decoders, drawn):
-            rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | base.evaluate(tokens, images))
+        tokens, images = watched.draw(policy, decoders)
+        for decoder, x in images.items():
+            rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | base.evaluate(tokens, x))
     return rows
 
 

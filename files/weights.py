@@ -86,3 +86,29 @@ def save_networks(out, networks):
     for name, network in networks.items():
         state_dict = {key: x.cpu() for key, x in network.state_dict().items()}
         atomic_save(out / f"{name}.pt", lambda file: torch.save({"model": state_dict}, file))
+
+
+# Settings of a run that belong to its weights: the defaults of what is drawn or trained from them.
+OF_WEIGHTS = "data image_size base t5 cfg_scale temperature top_k padding".split()
+
+
+def run_settings(ckpt):
+    """What --ckpt stands for: its policy; of a run also the tokenizer trained with it and `OF_WEIGHTS`."""
+    path = Path(ckpt)
+    for name in ("policy.pt", "policy"):  # of a run's folder; Janus-Pro's policy is a folder
+        if (path / name).exists():
+            path = path / name
+            break
+    settings, vq = {"ckpt": str(path)}, path.with_name(path.name.replace("policy", "vq"))
+    if path.is_file() and vq != path and vq.exists():
+        settings["vq"] = str(vq)
+    run = next((folder for folder in path.parents[:2] if path.exists() and (folder / "ckpt.pt").is_file()), None)
+    if run:
+        saved = read_checkpoint(run / "ckpt.pt").get("config", {})
+        settings |= {name: saved[name] for name in OF_WEIGHTS if name in saved}
+        if path.is_dir():
+            settings.pop("top_k", None)  # Janus-Pro is drawn at another top-k than it is trained at
+        print(
+            f"--ckpt {ckpt}: {path.name} with {vq.name if 'vq' in settings else 'its own decoder'}, settings of {run}"
+        )
+    return settings

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from files.disk import atomic_save, expect, make_folder, reading
-from files.weights import build, count_layers, load, load_state_dict
-from policy import GPTConfig, Linear, Policy, left_pad, rope_1d
+from files.weights import build, count_layers, load, load_state_dict, save_networks
+from policy import GPTConfig, Policy, left_pad, rope_1d
 from vq import load_vq
 
-FILES = ("ckpt",)  # options that name files
-# The authors' settings for Janus-Pro-1B, where they differ from LlamaGen-XL's.
-# They accumulate two batches of 2 captions, which is our batch of 4.
-PRESET = "--out runs/janus --image-size 384 --cfg-scale 5 --top-k 0 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5"
+FILES = ()  # options that name files, beside --ckpt
+# The authors' settings for Janus-Pro-1B, where they differ from LlamaGen-XL's. Their script accumulates two
+# batches of 2 captions, which is our batch of 4; their code drops the first of the two.
+PRESET = """--out runs/janus --image-size 384 --cfg-scale 5 --policy-lr 1e-4 --lambda-d 0.05 --lambda-c 5
+--tau-steps 936"""
 
 
 class PromptEmbedder(nn.Module):
@@ -60,9 +61,9 @@ class JanusPolicy(Policy):
         super().__init__(config)
         dim, vocab_size = config.dim, config.vocab_size
         self.cls_embedding = PromptEmbedder(text_vocab_size, dim, pad_id)
-        aligner = nn.Sequential(OrderedDict(layers=nn.Sequential(Linear(8, dim), nn.GELU(), Linear(dim, dim))))
-        gen_embed, vision_head = nn.Embedding(vocab_size, 8), Linear(dim, vocab_size)
-        head = OrderedDict(output_mlp_projector=Linear(dim, dim), gelu=nn.GELU(), vision_head=vision_head)
+        aligner = nn.Sequential(OrderedDict(layers=nn.Sequential(nn.Linear(8, dim), nn.GELU(), nn.Linear(dim, dim))))
+        gen_embed, vision_head = nn.Embedding(vocab_size, 8), nn.Linear(dim, vocab_size)
+        head = OrderedDict(output_mlp_projector=nn.Linear(dim, dim), gelu=nn.GELU(), vision_head=vision_head)
         self.tok_embeddings = nn.Sequential(OrderedDict(gen_embed=gen_embed, gen_aligner=aligner))
         self.output = nn.Sequential(OrderedDict(gen_head=nn.Sequential(head)))
 
@@ -182,9 +183,21 @@ def janus_state_dict(state_dict, head_dim):
     return theirs
 
 
+def preset(reward, sampling):
+    """The authors' settings as words of a command line; they draw the images that they measure at another top-k."""
+    words = PRESET.split()
+    if reward == "hpsv2":
+        words += ["--kl-coef", "0.01"]
+    if sampling:
+        words += ["--top-k", "50"]
+    return words
+
+
 def public_name(ckpt):
-    """Where a checkpoint that is not a local path is published."""
-    return ckpt
+    """The repository OWNER/NAME that a checkpoint names; "" where it is a path."""
+    path = Path(ckpt)
+    is_path = path.exists() or path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+    return "" if is_path or len(path.parts) != 2 or Path(path.parts[0]).exists() else ckpt
 
 
 def load_pretrained(cfg):
@@ -198,17 +211,26 @@ def load_pretrained(cfg):
     return policy.to(cfg.device), vq.to(cfg.device), text_encoder
 
 
-def save_networks(ckpt, out, networks):
-    """What was trained, in Janus-Pro's layout: a folder for each policy, with the tokenizer in it."""
-    original = load_state_dict(ckpt)
-    state_dicts = {name: {key: x.cpu() for key, x in net.state_dict().items()} for name, net in networks.items()}
-    vq = state_dicts.pop("vq")
-    for name, state_dict in state_dicts.items():
-        ours = janus_state_dict(state_dict, networks[name].config.head_dim)
-        ours |= {f"gen_vision_model.{key}": x for key, x in vq.items()}
-        # Weights that did not change are saved as they were, in their own precision.
-        changed = {key: x for key, x in ours.items() if key in original and not torch.equal(original[key].float(), x)}
-        make_folder(out / name)
-        atomic_save(out / name / "pytorch_model.bin", lambda file: torch.save(original | changed, file))
-        for file in Path(ckpt).glob("*[!x].json"):  # config, tokenizer, processor; no .index.json
-            atomic_save(out / name / file.name, lambda target: target.write(file.read_bytes()))
+def saver(cfg):
+    """The function that saves networks in Janus-Pro's layout: policy/ with the decoder trained with it, policy_ema/
+    with the EMAs, and the discriminator. What it needs of the base is read now: a save must not fail for it.
+    """
+    original = load_state_dict(cfg.ckpt)  # mapped from the file, not in memory
+    # Config, tokenizer, processor; no .index.json.
+    texts = {file.name: file.read_bytes() for file in Path(cfg.ckpt).glob("*[!x].json")}
+
+    def save(out, networks):
+        for policy, vq in (("policy", "vq"), ("policy_ema", "vq_ema")):
+            ours = janus_state_dict(networks[policy].state_dict(), networks[policy].config.head_dim)
+            ours |= {f"gen_vision_model.{key}": x for key, x in networks[vq].state_dict().items()}
+            merged = dict(original)
+            for key, x in ours.items():  # what did not change is saved as it was, in its own precision
+                if key in original and not torch.equal(original[key].float(), x.cpu()):
+                    merged[key] = x.cpu()
+            make_folder(out / policy)
+            atomic_save(out / policy / "pytorch_model.bin", lambda file: torch.save(merged, file))
+            for name, text in texts.items():
+                atomic_save(out / policy / name, lambda target: target.write(text))
+        save_networks(out, {"discriminator": networks["discriminator"]})
+
+    return save

@@ -2,10 +2,9 @@
 
 import dataclasses
 import importlib.util
-from functools import partial
 from pathlib import Path
 
-import torch
+from huggingface_hub import HfApi, snapshot_download
 
 from files.disk import expect
 from files.images import to_pixels
@@ -13,9 +12,11 @@ from files.weights import download, load, load_state_dict
 from metrics import open_clip_score
 from public import janus, llamagen
 from public.data import CaptionedImages, data_batches, list_pairs
-from rankee import World, random_stream
+from rankee import World
 from vq import load_lpips, patch_discriminator
 
+# The authors' data, of which they used 15,000 pairs: tars of images with .txt captions.
+DATA = "BLIP3o/BLIP3o-60k"
 # The scorer's name in open_clip, and where its weights are published.
 REWARDS = {
     "clip": ("ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai/open_clip_model.safetensors"),
@@ -25,43 +26,68 @@ REWARDS = {
 
 def backbone(ckpt):
     """The module for a checkpoint: Janus-Pro's is a folder with a config.json, or the name of a repository."""
-    path = Path(ckpt)
-    is_janus = (path / "config.json").is_file() or (not path.exists() and len(path.parts) == 2 and not path.suffix)
-    return janus if is_janus else llamagen
+    return janus if (Path(ckpt) / "config.json").is_file() or janus.public_name(ckpt) else llamagen
 
 
 def preset(given):
     """What differs from the defaults, as words of a command line; `given` are the user's options."""
-    return backbone(given.get("ckpt", "")).PRESET.split()
+    return backbone(given.get("ckpt", "")).preset(given.get("reward"), "sample" in given)
+
+
+def public_files(cfg):
+    """Where the files that a run needs are published, by option; "" for a --ckpt that is not."""
+    module, defaults = backbone(cfg.ckpt), type(cfg)
+    found = {"ckpt": module.public_name(cfg.ckpt)} | {option: getattr(defaults, option) for option in module.FILES}
+    if cfg.draws_rollouts and not cfg.sample:
+        found["reward_weights"] = REWARDS[cfg.reward][1]
+    if cfg.trains_decoder and not cfg.sample:
+        found |= {"vgg": defaults.vgg, "lpips": defaults.lpips}
+    return found
 
 
 def resolve_files(cfg):
     """`cfg` with local paths for all files that the run needs; public ones are fetched once (`download`).
 
-    Raises InputError that lists all that is missing.
+    What is local is looked for before anything is fetched. Raises InputError that lists all that is missing.
     """
-    module, missing = backbone(cfg.ckpt), []
-    options = list(module.FILES)
-    if not cfg.sample:
-        options += ["reward_weights", "vgg", "lpips"] if cfg.trains_decoder else ["reward_weights"]
-        if not cfg.data or not Path(cfg.data).exists():
-            missing.append(f"--data {cfg.data or 'DIR'}: a folder, tar or .json of images with captions")
+    missing, wanted = [], {}
+    for option, source in public_files(cfg).items():
+        given = getattr(cfg, option) or source
+        if Path(given).exists():
+            cfg = dataclasses.replace(cfg, **{option: given})
+        elif source and (option == "ckpt" or given in (source, source.split("/")[-1])):
+            wanted[option] = source
+            if not source.endswith(given):
+                print(f"--{option} {given}: no such file here; it stands for the public {source}")
+        else:
+            missing.append(f"--{option.replace('_', '-')} {given}: no such file; public: {source or llamagen.PUBLIC}")
+    if cfg.data and not cfg.sample and not Path(cfg.data).exists():
+        missing.append(f"--data {cfg.data}: no such file; a folder, tar or .json of images with captions")
     if not importlib.util.find_spec("transformers"):
         missing.append("pip install transformers, which reads the captions")
-    for option in options:
-        source = getattr(type(cfg), option) or REWARDS[cfg.reward][1]
-        path = getattr(cfg, option) or source
-        if option == "ckpt":
-            source = module.public_name(path)
-        if not Path(path).exists():
-            try:
-                expect(path in (source, source.split("/")[-1]), "no such file")
-                path = str(download(source))
-            except Exception as error:  # of the network, the hub, a wrong hash: each library has its own
-                missing.append(f"--{option.replace('_', '-')} {path} ({error!r:.150})")
-        cfg = dataclasses.replace(cfg, **{option: path})
-    expect(not missing, "\n  ".join(["this run still needs", *missing]))
+    refuse(missing)
+
+    if not cfg.data and not cfg.sample:
+        wanted["data"] = DATA
+    for option, source in wanted.items():
+        try:
+            path = str(download_data(source) if option == "data" else download(source))
+            cfg = dataclasses.replace(cfg, **{option: path})
+        except Exception as error:  # of the network, the hub, a wrong hash: each library has its own
+            missing.append(f"--{option.replace('_', '-')} {source} ({error!r:.150})")
+    refuse(missing)
     return cfg
+
+
+def refuse(missing):
+    expect(not missing, "\n  ".join(["this run still needs", *missing]))
+
+
+def download_data(name):
+    """The folder of a data set on the Hugging Face hub, fetched once; its size is said before."""
+    files = HfApi().dataset_info(name, files_metadata=True).siblings
+    print(f"--data: {name} of the Hugging Face hub, {sum(file.size for file in files) / 1e9:.1f} GB, once", flush=True)
+    return snapshot_download(name, repo_type="dataset")
 
 
 def load_pretrained(cfg):
@@ -71,11 +97,11 @@ def load_pretrained(cfg):
 
 def load_world(cfg):
     """The `World` of a run on --data."""
-    dataset = CaptionedImages(list_pairs(Path(cfg.data)), cfg.image_size)
+    pairs = list_pairs(Path(cfg.data))
+    dataset = CaptionedImages(pairs, cfg.image_size)
     policy, vq, text_encoder = load_pretrained(cfg)
     lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device) if cfg.trains_decoder else None
-    scorer = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device)
-    torch.manual_seed(int(random_stream(cfg.seed, "discriminator").integers(2**63)))
+    scorer = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device) if cfg.draws_rollouts else None
     watched = [dataset[i % len(dataset)] for i in range(8)]
     return World(
         policy=policy,
@@ -87,6 +113,7 @@ def load_world(cfg):
         batches=lambda *where: data_batches(dataset, cfg, *where),
         captions=[caption for caption, _ in watched],
         images=to_pixels([image for _, image in watched]),
+        data=f"{len(pairs)} pairs",
         evaluate=None,
-        save_networks=partial(backbone(cfg.ckpt).save_networks, cfg.ckpt),
+        save_networks=backbone(cfg.ckpt).saver(cfg),
     )

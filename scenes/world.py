@@ -34,6 +34,7 @@ from files.weights import load, read_checkpoint, save_networks
 from metrics import CLIPScore, feature_statistics, frechet_distance, token_entropy, token_histogram, token_kl
 from policy import GPTConfig, Policy, drop_captions, left_pad, load_llamagen, token_logprobs
 from rankee import World, hinge_d_loss, in_batches, random_stream, reconstruction_anchor
+from scenes import SETTINGS
 from vq import LPIPS, VQConfig, VQModel, load_vq, patch_discriminator
 
 FOLDER = Path(__file__).parent
@@ -284,14 +285,6 @@ class Evaluation:
 
 # ---- the world of a run ----------------------------------------------------------------------------------------------
 
-# What the embedded world sets, found by measurement (experiments/README.md); all else is `Config`'s default.
-SETTINGS = f"""
---out runs/scenes --data scenes --image-size {RESOLUTION} --max-steps 80 --batch-size 16 --cfg-scale 4 --top-k 0
---rollout-batch-size 64 --micro-batch-size 64 --no-gradient-checkpointing --cfg-logprobs --rank-k 2 --rank-zscore
---policy-lr 3e-4 --warmup-steps 10 --kl-coef 0.3 --ref-policy initial --policy-ema 0.9 --policy-ema-every 1
---disc-lr 1e-3 --disc-start 0 --gan-beta2 0.95 --lambda-d 0.05 --decoder-ema 0.9
-"""
-
 
 def preset(given):
     """What differs from the defaults, as words of a command line; `given` are the user's options."""
@@ -335,6 +328,7 @@ def load_world(cfg):
         captions=evaluation.captions,
         images=evaluation.images[:8],
         evaluate=evaluation,
+        data="scenes",
         save_networks=save_networks,
     )
 

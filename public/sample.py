@@ -1,0 +1,68 @@
+"""--sample: images of captions, in GenEval's layout, for other programs to score."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from files.disk import atomic_save, expect, make_folder
+from files.images import to_pil
+from public.data import read_prompts
+from rankee import random_stream, sample_images, uniform
+
+
+def drawing_settings(policy, vq, cfg):
+    """What an image of --sample depends on, beside its caption: JSON. The networks are told by a checksum."""
+    settings = {name: getattr(cfg, name) for name in ("cfg_scale", "temperature", "top_k", "padding", "seed")}
+    for name, weight in {"ckpt": policy.norm.weight, "vq": vq.decoder.conv_out.weight}.items():
+        settings[name] = zlib.crc32(weight.detach().cpu().numpy().tobytes())
+    return json.dumps(settings).encode()
+
+
+def sample(world, cfg):
+    """Draws the captions of --sample with a world's networks, in GenEval's layout; what is there already is not drawn again.
+
+    A caption is in OUT/00000/metadata.jsonl, an image in OUT/00000/samples/0000.png, its tokens in 0000.npy.
+    An image depends only on the files, the settings, and which caption and which of its images it is.
+    """
+    expect(os.environ.get("WORLD_SIZE", "1") == "1", "--sample runs as one process; start it without torchrun")
+    out, prompts = Path(cfg.out), read_prompts(cfg.sample, cfg.num_images)
+    cfg = world.resolve_files(cfg)
+    policy, vq, text_encoder = world.load_pretrained(cfg)
+    for name, network in {"ckpt": policy, "vq": vq}.items():
+        finite = all(weight.isfinite().all() for weight in network.parameters())
+        expect(finite, f"--{name} {getattr(cfg, name)}: holds weights that are not finite")
+
+    # What is drawn of what: nothing is written before all is known to fit.
+    kept = {out / "sample.json": drawing_settings(policy, vq, cfg)}
+    todo = []
+    for i, prompt in enumerate(prompts):
+        folder = out / f"{i:05d}"
+        kept[folder / "metadata.jsonl"] = json.dumps(prompt).encode()
+        for k in range(cfg.per_prompt):
+            path = folder / "samples" / f"{k:04d}.png"
+            if not path.exists():
+                todo.append((i, k, path))
+    for path, content in kept.items():
+        same = not path.exists() or path.read_bytes() == content
+        expect(same, f"{path}: is of another caption or of other settings; name another folder with --out")
+
+    N = policy.config.grid_size**2
+    for batch in tqdm(DataLoader(todo, cfg.rollout_batch_size, collate_fn=list), unit=" batches"):
+        u = torch.stack([uniform(random_stream(cfg.seed, "sample", i, k), N) for i, k, _ in batch])
+        captions = [prompts[i]["prompt"] for i, _, _ in batch]
+        tokens, logprobs, (images,) = sample_images(policy, [vq], text_encoder, captions, u.to(cfg.device), cfg)
+        finite = logprobs.isfinite().all() and images.isfinite().all()
+        expect(finite, "the networks' outputs are not finite; their weights are: try --precision float32")
+        for (_, _, path), image_tokens, image in zip(batch, tokens.cpu(), images):
+            make_folder(path.parent)
+            for file in (out / "sample.json", path.parent.parent / "metadata.jsonl"):
+                atomic_save(file, lambda target: target.write(kept[file]))
+            atomic_save(path.with_suffix(".npy"), lambda file: np.save(file, image_tokens.numpy()))
+            atomic_save(path, lambda file: to_pil(image).save(file, "PNG"))
+    print(f"{len(todo)} of {len(prompts) * cfg.per_prompt} images drawn; the others were in {cfg.out} already")
