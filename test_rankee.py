@@ -6,6 +6,7 @@ testdata/manifests.json the names and shapes of public checkpoints.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import ctypes
@@ -1169,6 +1170,35 @@ def test_the_readme_names_what_there_is():
     source = (HERE / "rankee.py").read_text("utf-8")
     for name in re.findall(r"`(\w+)`", table.split("\n", 2)[2]):
         assert hasattr(rankee, name) or f'"{name}"' in source, name
+
+
+FLOORS = {"files": 0, "vq": 1, "policy": 1, "rankee": 2, "metrics": 2, "public": 3, "scenes": 3, "train": 4}
+
+
+def test_imports_run_one_way():
+    """Else what is the paper's hangs on what is not, and a reader meets a module before what it stands on."""
+    for file in HERE.glob("**/*.py"):
+        room = file.relative_to(HERE).parts[0].removesuffix(".py")
+        if room not in {*FLOORS, "experiments"}:
+            continue
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in getattr(node, "names", [])]
+            for other in {name.split(".")[0] for name in names} - {room}:
+                assert FLOORS.get(other, -1) < FLOORS.get(room, 5), f"{file} imports {other}"
+
+
+def test_a_third_world_is_a_module_and_a_word(tmp_path, monkeypatch):
+    """Else another data set means an edit of the loop; or a run's --ckpt forgets its world, and asks for T5."""
+    text = (HERE / "experiments" / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "night.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(train.WORLDS, "night", "night")
+    end(start(f"{SCENES} --data night --out {tmp_path}/run"))
+    assert torch.load(tmp_path / "run" / "ckpt.pt")["data"] == "scenes at night"
+    end(start(f"--ckpt {tmp_path}/run --sample 'small red plain ring top left on navy' --out {tmp_path}/drawn"))
+    assert Image.open(tmp_path / "drawn" / "00000" / "samples" / "0000.png").size == (32, 32)
 
 
 @pytest.mark.parametrize("old, new", list(ablations()), ids=range(3))

@@ -36,6 +36,7 @@ from scenes import world
 ABLATIONS = {
     "real-images": "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions",
     "anchors": "--method decoder --lambda-d 0 --lambda-g 0 --disc-fakes reconstructions",  # and the consistency anchor
+    "sft": "--method sft",
     "rl": "--method rl",
     "decoder-only": "--method decoder",
     "uniform-gan": "--gan uniform",
