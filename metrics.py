@@ -4,7 +4,7 @@
     python metrics.py statistics A OUT.npz       statistics in pytorch-fid's layout
     python metrics.py clip DIR                   CLIP ViT-B/32 of what `train.py --sample` drew
     python metrics.py clip DIR --model ViT-H-14 --pretrained HPS_v2.1_compressed.pt --prefix ""      HPSv2
-    python metrics.py token-kl A B               KL of the tokens' histograms, and entropies; images need --vq
+    python metrics.py token-kl A B               KL of the tokens' histograms, its floor, entropies; images need --vq
 
 Two ways to prepare an image for Inception are in use, and they give different numbers for the same images:
 
@@ -18,22 +18,19 @@ EXIF orientation is ignored, as by the published tools. Transparency goes over w
 import argparse
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import inception_v3
-from torchvision.transforms import Normalize
 
-from files.disk import InputError, atomic_save, expect, list_files, reading
+from files.disk import InputError, atomic_save, expect, list_files, reading, tolerant_output
 from files.images import center_crop, image_batches, list_images
 from files.weights import build, download, load, load_state_dict
-from vq import load_vq
+
+# open_clip and torchvision take seconds to import, vq.py with them: they are imported where they are used.
 
 # ---- Fréchet Inception distance --------------------------------------------------------------------------------------
 
@@ -47,6 +44,8 @@ def fid_inception(state_dict=None):
     padding, and the last block pools by maximum. Without `state_dict` the weights are fetched. Raises
     InputError where they cannot be, RuntimeError (PyTorch's, naming each) for entries of another network.
     """
+    from torchvision.models import inception_v3
+
     if state_dict is None:
         with reading(INCEPTION, "a network to fetch it, or its file by --inception"):
             path = download(INCEPTION)
@@ -86,7 +85,9 @@ def feature_statistics(batches):
     n, total, products = 0, 0.0, 0.0
     for features in batches:
         features = features.double().cpu()
-        n, total, products = n + len(features), total + features.sum(0), products + features.T @ features
+        n += len(features)
+        total = total + features.sum(0)
+        products = products + features.T @ features
     expect(n >= 2, f"a Fréchet distance needs at least 2 images on each side; one side has {n}")
     mu = total / n
     return mu.numpy(), ((products - n * mu.outer(mu)) / (n - 1)).numpy(), n
@@ -120,6 +121,8 @@ class CLIPScore(nn.Module):
     """
 
     def __init__(self, model, tokenizer, mean, std):
+        from torchvision.transforms import Normalize
+
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -147,6 +150,8 @@ def open_clip_score(name, pretrained):
 
     OpenAI's weights belong to the "-quickgelu" names. Raises InputError for a wrong name or unusable weights.
     """
+    import open_clip
+
     with reading(pretrained, f"weights of open_clip's {name}"):
         model = open_clip.create_model(name, pretrained=str(pretrained), require_pretrained=True)
     return CLIPScore(model, open_clip.get_tokenizer(name), model.visual.image_mean, model.visual.image_std)
@@ -184,16 +189,47 @@ def fid_transform(image, mode, image_size):
 def load_statistics(path):
     """mu and sigma of a .npz, and a line on where they come from."""
     with reading(path, "a .npz with mu (2048,) and sigma (2048, 2048)"), np.load(path) as file:
-        mu, sigma = file["mu"].reshape(2048).astype(float), file["sigma"].reshape(2048, 2048).astype(float)
-    expect(np.isfinite(mu.sum() + sigma.sum()), f"{path}: holds numbers that are not finite")
+        mu = file["mu"].reshape(2048).astype(float)
+        sigma = file["sigma"].reshape(2048, 2048).astype(float)
+    expect(np.isfinite(mu.sum() + sigma.sum()), f"{path}: not finite")
     return mu, sigma, f"statistics of {path}"
 
 
-def compute_statistics(images, line, network, args):
-    """The same, computed from the images and the line that `list_images` gave."""
+def compute_statistics(folder, images, line, network, args):
+    """The same, computed from the images and the line that `list_images` gave for a folder."""
     batches = image_batches(images, partial(fid_transform, mode=args.preprocess, image_size=args.image_size))
     mu, sigma, n = feature_statistics(network(x.to(DEVICE)) for _, x in batches)
+    expect(np.isfinite(mu.sum() + sigma.sum()), f"Inception's features of {folder}: not finite")
     return mu, sigma, f"{line}, {n} read, {args.preprocess} preprocessing, --image-size {args.image_size}"
+
+
+def read_statistics(paths, args):
+    """For each path, a .npz or a folder of images: mu, sigma and a line on where they come from."""
+    statistics = {path: load_statistics(path) for path in paths if path.endswith(".npz")}
+    images = {path: list_images(path) for path in paths if path not in statistics}  # refused before the work
+    if images:
+        network = (load(args.inception, fid_inception) if args.inception else fid_inception()).to(DEVICE)
+        for path, (files, line) in images.items():
+            statistics[path] = compute_statistics(path, files, line, network, args)
+    return [statistics[path] for path in paths]
+
+
+def print_fid(args):
+    """The Fréchet distance of A and B, and by which protocol it came about."""
+    (mu1, sigma1, line1), (mu2, sigma2, line2) = read_statistics([args.a, args.b], args)
+    distance = frechet_distance(mu1, sigma1, mu2, sigma2)
+    expect(np.isfinite(distance), f"FID of {args.a} and {args.b}: not finite")
+    print(f"FID {distance:.6g}\n{line1}\nagainst {line2}")
+    print("FID is biased upwards, below 2,048 images by much: compare it with the same counts only")
+
+
+def save_statistics(args):
+    """A's statistics, as the file B."""
+    writable = args.b.endswith(".npz") and os.access(f"{Path(args.b).absolute().parent}/", os.W_OK)
+    expect(writable, f"{args.b}: expected a name that ends in .npz, in a folder that can be written")
+    [(mu, sigma, line)] = read_statistics([args.a], args)
+    atomic_save(args.b, lambda file: np.savez(file, mu=mu, sigma=sigma))
+    print(f"{args.b}: {line}")
 
 
 def read_prompt(image, prefix):
@@ -203,36 +239,95 @@ def read_prompt(image, prefix):
         return prefix + json.loads(file.read_text("utf-8-sig"))["prompt"]
 
 
-def compute_clip(folder, args):
-    """Prints the mean CLIP score of the images that `train.py --sample` drew."""
-    images, line = list_images(folder)
+def print_clip(args):
+    """The mean CLIP score of the images that `train.py --sample` drew."""
+    import open_clip
+
+    images, line = list_images(args.a)
     prompts = {image: read_prompt(image, args.prefix) for image in images}
-    score, scores = open_clip_score(args.model, args.pretrained).to(DEVICE), []
+    score = open_clip_score(args.model, args.pretrained).to(DEVICE)
     # CLIP's own: the shorter side to the network's size by PIL's bicubic, then the middle.
     transform = open_clip.image_transform(score.model.visual.image_size, is_train=False, mean=[0.5] * 3, std=[0.5] * 3)
+    scores = []
     for good, x in image_batches(images, transform):
-        scores += score(x.to(DEVICE), score.encode_text([prompts[image] for image in good])).tolist()
+        text_emb = score.encode_text([prompts[image] for image in good])
+        scores += score(x.to(DEVICE), text_emb).tolist()
+    expect(np.isfinite(scores).all(), f"CLIP scores of {args.a}: not finite")
     print(f"CLIP {np.mean(scores):.6g}, standard error {np.std(scores) / len(scores) ** 0.5:.3f}")
     print(f"{line}, {len(scores)} read; {args.model}, {args.prefix!r} before a caption")
 
 
-def read_histogram(path, vq, size, image_size):
-    """Histogram (V,) of a folder's .npy tokens, or without any of its images' codes; and a line on them."""
-    files = [file for file in list_files(path) if file.suffix == ".npy"]
-    if vq and not files:
-        images, line = list_images(path)
-        batches = (x.to(DEVICE) for _, x in image_batches(images, partial(center_crop, size=image_size)))
-        tokens = torch.cat([vq.encode(x.permute(0, 3, 1, 2) / 127.5 - 1).cpu().flatten() for x in batches])
-        return token_histogram(tokens, size), f"{line}, encoded at {image_size} px"
-    with reading(path, f"a folder with .npy files of tokens below {size}, as --sample writes; images need --vq"):
-        tokens = np.concatenate([np.load(file).astype(np.int64, casting="safe").ravel() for file in files])
-        return token_histogram(torch.from_numpy(tokens), size), f"{len(files)} .npy files of {path}"
+def list_tokens(folder, args):
+    """The .npy files of a folder, or without any its images, which --vq encodes; and a line that counts them."""
+    files = [file for file in list_files(folder) if file.suffix == ".npy"]
+    if files:
+        return files, f"{len(files)} .npy files of {folder}"
+    images, line = list_images(folder)
+    expect(args.vq, f"{folder}: no .npy files of tokens, as --sample writes; its images need --vq")
+    return images, f"{line}, encoded at {args.image_size or 256} px"
+
+
+def read_tokens(folder, files, vq, size, args):
+    """Tokens, an int64 tensor for each of the files that `list_tokens` gave."""
+    if files[0].suffix == ".npy":
+        with reading(folder, f".npy files of tokens below {size}, as --sample writes"):
+            tokens = [torch.from_numpy(np.load(file).astype(np.int64, casting="safe").ravel()) for file in files]
+            token_histogram(torch.cat(tokens), size)  # fails for other numbers
+        return tokens
+    tokens = []
+    for _, x in image_batches(files, partial(center_crop, size=args.image_size or 256)):
+        tokens += vq.encode(x.to(DEVICE).permute(0, 3, 1, 2) / 127.5 - 1).cpu()
+    return tokens
+
+
+def print_token_kl(args):
+    """The KL of A's tokens from B's, and their entropies; and the KL that real tokens have from real ones."""
+    from vq import load_vq
+
+    files_a, line_a = list_tokens(args.a, args)
+    files_b, line_b = list_tokens(args.b, args)  # both are refused before the work
+    vq, size = None, args.vocab_size
+    if args.vq:
+        vq = load(args.vq, load_vq).to(DEVICE)
+        size = vq.config.codebook_size
+        for name, weight in vq.state_dict().items():  # the nearest code to NaN is a code
+            expect(weight.isfinite().all(), f"{args.vq}: {name}: not finite")
+    a = read_tokens(args.a, files_a, vq, size, args)
+    b = read_tokens(args.b, files_b, vq, size, args)
+    p = token_histogram(torch.cat(a), size)
+    q = token_histogram(torch.cat(b), size)
+    print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
+    print(f"{line_a}\nfrom {line_b}; one count added to each of {size} codes")
+    print_floor(a, b, size)
+
+
+def print_floor(a, b, size):
+    """The KL of real from real: of n of B's files from its others; and A's at the same counts, on which a KL depends.
+
+    a, b: tokens, a tensor a file. Files are taken at random with a fixed seed; n is as many as A has, or half of B's.
+    """
+    n = min(len(a), len(b) // 2)
+    if n == 0:
+        print("token KL depends on the counts; no floor of real against real: B is one file, and it takes two")
+        return
+    random = np.random.default_rng(0)
+    random.shuffle(a)
+    random.shuffle(b)
+    others = token_histogram(torch.cat(b[n:]), size)
+    floor = token_kl(token_histogram(torch.cat(b[:n]), size), others)
+    same_counts = token_kl(token_histogram(torch.cat(a[:n]), size), others)
+    print(f"floor of real against real: {floor:.6g}, by {n} files of B against its other {len(b) - n}")
+    print(f"token KL depends on the counts; {n} files of A against the same others have {same_counts:.6g}")
+
+
+COMMANDS = {"fid": print_fid, "statistics": save_statistics, "clip": print_clip, "token-kl": print_token_kl}
 
 
 def main(argv=None):
+    tolerant_output()
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("metrics.py", None, __doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("command", choices=("fid", "statistics", "clip", "token-kl"))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("a")
     parser.add_argument("b", nargs="?", help="the other side, or the file to write; clip takes none")
     parser.add_argument("--preprocess", choices=("clean", "pytorch-fid"), default="clean", help="[clean]")
@@ -244,46 +339,12 @@ def main(argv=None):
     parser.add_argument("--vq", help="tokenizer that encodes the images of a folder without .npy files")
     parser.add_argument("--vocab-size", type=int, default=16384, help="codes there are, without --vq [%(default)s]")
     args = parser.parse_args(argv)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # redirected output may be no UTF-8
     if (args.b is None) != (args.command == "clip") or args.image_size < 0:
         parser.error("fid, statistics and token-kl take two paths, clip one; --image-size a number from 0")
     try:
-        run(args.command, args.a, args.b, args)
+        COMMANDS[args.command](args)
     except InputError as error:
         parser.exit(2, f"metrics.py: {error}\n")
-
-
-def run(command, a, b, args):
-    """One of the commands: prints the number, and by which protocol it came about."""
-    if command == "clip":
-        compute_clip(a, args)
-    elif command == "token-kl":
-        for path in (a, b):
-            if args.vq and not any(file.suffix == ".npy" for file in list_files(path)):
-                list_images(path)  # refused before anything is encoded
-        vq = load(args.vq, load_vq).to(DEVICE) if args.vq else None
-        size = vq.config.codebook_size if vq else args.vocab_size
-        (p, line), (q, line2) = (read_histogram(path, vq, size, args.image_size or 256) for path in (a, b))
-        print(f"token KL {token_kl(p, q):.6g} nats, entropy {token_entropy(p):.6g} bits, of B {token_entropy(q):.6g}")
-        print(f"{line}\nfrom {line2}; one count added to each of {size} codes")
-    else:
-        writable = b.endswith(".npz") and os.access(f"{Path(b).absolute().parent}/", os.W_OK)
-        expect(command == "fid" or writable, f"{b}: expected a name that ends in .npz, in a folder that can be written")
-        paths = [a, b] if command == "fid" else [a]
-        statistics = {path: load_statistics(path) for path in paths if path.endswith(".npz")}
-        images = {path: list_images(path) for path in paths if path not in statistics}  # refused before the work
-        if images:
-            network = (load(args.inception, fid_inception) if args.inception else fid_inception()).to(DEVICE)
-            statistics |= {path: compute_statistics(*images[path], network, args) for path in images}
-        mu, sigma, line = statistics[a]
-        if command == "statistics":
-            atomic_save(b, lambda file: np.savez(file, mu=mu, sigma=sigma))
-            print(f"{b}: {line}")
-        else:
-            mu2, sigma2, line2 = statistics[b]
-            print(f"FID {frechet_distance(mu, sigma, mu2, sigma2):.6g}\n{line}\nagainst {line2}")
-            print("FID is biased upwards, below 2,048 images by much: compare it with the same counts only")
 
 
 if __name__ == "__main__":

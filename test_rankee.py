@@ -384,11 +384,14 @@ def write_tar(file, names):
 
 def test_every_data_layout_gives_the_same_pairs(tmp_path, monkeypatch, capsys):
     """Else a picture is trained on under another's caption or half of its own, stretched, on its side, or in
-    another range; or a name in a tar off the web makes a file outside of it.
+    another range; or a name in a tar off the web makes a file outside of it; or files are left out unseen.
     """
     shutil.copytree(F / "pairs", tmp_path / "pairs")
+    shutil.copy(F / "pairs" / "0.png", tmp_path / "pairs" / "away.png")
+    (tmp_path / "pairs" / "away.txt").symlink_to("nowhere")
+    (tmp_path / "pairs" / "x.tar.gz").touch()
     write_tar(tmp_path / "a" / "b" / "0.tar", {0: "x/0", 1: "x/1"})
-    write_tar(tmp_path / "a" / "b" / "evil.tar", {2: "../../2", 3: "../../3"})
+    write_tar(tmp_path / "a" / "b" / "evil.TAR", {2: "../../2", 3: "../../3"})
     write_coco(tmp_path / "annotations" / "captions_pairs.json", range(4))
     write_coco(tmp_path / "pairs" / "all.json", range(4), [(1, " ")])
     before = sorted(tmp_path.rglob("*"))
@@ -402,30 +405,52 @@ def test_every_data_layout_gives_the_same_pairs(tmp_path, monkeypatch, capsys):
             assert dataset[i][0] == CAPTIONS[i] and (dataset[i][1] == np.asarray(expected)).all()
         if name == "../pairs":  # the place of the image that cannot be read goes to the next
             assert (dataset.pairs[4][1], dataset[4][0]) == ("half a\u2028picture", CAPTIONS[0])
-            left_out = re.findall(r"left out .*/(\w+)\.png", capsys.readouterr().err)
-            assert left_out == ["blank", "latin", "mute", "broken"]
+            said = capsys.readouterr()
+            assert re.findall(r"left out .*/(\w+)\.png", said.err) == ["away", "blank", "latin", "mute", "broken"]
+            assert "5 pairs" in said.out and "left out, other files: 2 .gz .json" in said.out
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_data_that_changed_are_told_from_data_that_moved(tmp_path):
+    """Else --resume goes on with other pictures or captions, or takes a folder at another place for others."""
+    texts = []
+    for name, caption in {"a": "a red bus", "b": "a red bus", "c": "a blue bus"}.items():
+        shutil.copytree(F / "pairs", tmp_path / name)
+        (tmp_path / name / "0.txt").write_text(caption)
+        texts.append(data.describe_pairs(data.list_pairs(tmp_path / name)))
+    assert texts[0] == texts[1] != texts[2] and all(text.startswith("5 pairs") for text in texts)
+
+
 def test_captions_to_draw_hold_any_separator_and_are_one_an_image(tmp_path):
-    """Else one web caption with U+2028 moves all after it, or COCO's 30,000 images are of other captions."""
-    captions = ["a red\u2028bus", "two\x85cats"]
+    """Else one web caption with U+2028 moves all after it, a comma ends one, or COCO's 30,000 images, of which
+    two may be one file, are of other captions; or a caption is taken for a file's name.
+    """
+    captions = ["a red\u2028bus", "two\x85cats, asleep"]
     (tmp_path / "a.txt").write_text("\n".join(captions) + "\n\n", "utf-8-sig")
+    (tmp_path / "a.csv").write_text("\n".join(["\tPrompt", *(f"0\t{text}" for text in captions)]))
+    (tmp_path / "list.json").write_text(json.dumps([captions[0], {"prompt": captions[1]}]))
     write_coco(tmp_path / "a.json", range(4), [(0, "two cats"), (3, " ")])
-    for name, expected in {"a.txt": captions, "a.json": CAPTIONS}.items():
+    (tmp_path / "one_file.json").write_text((tmp_path / "a.json").read_text().replace("1.png", "0.png"))
+    for name in ("a.txt", "a.csv", "list.json", "a.json", "one_file.json"):
+        expected = CAPTIONS if name in ("a.json", "one_file.json") else captions
         prompts = data.read_prompts([str(tmp_path / name)], 0)
         assert sorted(prompt["prompt"] for prompt in prompts) == sorted(expected)
+    assert data.read_prompts(["a bus."], 0) == [{"prompt": "a bus."}]
 
 
 def test_data_order_is_a_function_of_seed_and_step():
     """Else a resumed run trains on other pictures, an epoch leaves some out, or two processes train on the
-    same, also of the embedded world.
+    same, also of the embedded world; or fine-tuning has no images.
     """
     batches = [list(data.batch_indices(10, 3, 0, range(10), rank, 2)) for rank in (0, 1)]
     order = [i for pair in zip(*batches) for batch in pair for i in batch]
     epochs = [order[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
     assert list(data.batch_indices(10, 3, 1, range(10), 0, 2)) != batches[0]
+    assert next(data.batch_indices(10, 3, 0, range(7, 10**12), 1, 2)) == batches[1][7]  # at once
+    dataset = data.CaptionedImages(data.list_pairs(F / "pairs"), 32)
+    for method, n in {"rl": 0, "sft": 4}.items():
+        assert len(next(data.data_batches(dataset, train.TrainConfig(method=method), 0, 0, 1))[1]) == n
     others = ((0, 0, 0, 2), (0, 1, 0, 2), (0, 0, 1, 2), (1, 0, 0, 2))  # seed, step, process
     assert len({tuple(next(scenes.batches(3, *other))[0]) for other in others}) == 4
 
@@ -524,11 +549,19 @@ def wrong():
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    write_tar(folder / "two.tar", {0: "0", 1: "0"})
     write_tar(folder / "half.tar", {0: "0", 1: "1"})
     os.truncate(folder / "half.tar", 10000)
     write_coco(folder / "twice.json", [1, 1])
     np.savez(folder / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     torch.save({"config": {"arm": "policy"}}, folder / "ckpt.pt")
+    torch.save(policy | {"step": np.float32(1)}, folder / "numpy.pt")
+    torch.save({name: x.to(torch.complex64) for name, x in policy.items()}, folder / "complex.pt")
+    for name in (VQ.name, "hps.pt", "inception.pth"):
+        weights = load_state_dict(F / name).items()
+        torch.save({n: x * math.nan if "conv" in n else x for n, x in weights}, folder / f"nan-{name}")
+    shutil.copytree(folder / "one", folder / "drawn" / "samples")
+    (folder / "drawn" / "metadata.jsonl").write_text('{"prompt": "a bus"}')
     np.save(folder / "empty" / "16384.npy", np.array([16384]))
     np.save(folder / "damaged" / "0.5.npy", np.array([0.5]))
     return folder
@@ -544,11 +577,15 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     ": invalid ": "train --max-steps many | train --gan ranked | train --t5-device gpu",
     "at least --rank-k": "train --rank-k 9 | train --group-size 1",
     "a_bus": "train --sample a_bus",
+    "or one file that is there": "train --sample gone.csv | train --sample empty",
+    "captions in UTF-8": "train --sample caf\udce9",
     "holds --ckpt or --vq; name another folder": f"train --ckpt {CKPT} --out {F}",
     "there is no run in": "train --resume",
     "ckpt.pt: not a run, or one of another version": "train --resume --out .",
     # Weights that are another model's, random, or somebody's code
     "expected an undamaged checkpoint": "draw --ckpt truncated.pt",
+    "holds numpy.": "draw --ckpt numpy.pt",
+    "holds torch.complex64": "draw --ckpt complex.pt",
     "holds code, or no weights": "draw --ckpt code.pt | draw --ckpt bad.json",
     "is text: a Git-LFS pointer or a web page": "draw --ckpt lfs.pt | draw --t5 t5-lfs | run --reward-weights lfs.pt",
     "lacks the weights": "draw --t5 t5-lacks",
@@ -559,16 +596,22 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "another rotary embedding": "draw --ckpt janus-rotary",
     # Nothing to train on, half of a shard, a caption of another picture
     "cannot be read": "run --data half.tar | run --data bad.json | draw --t5 empty | metrics clip ../pairs",
-    "twice.json: two of its images have one id": "run --data twice.json",
+    "two of its images have one id": "run --data twice.json",
+    "two members are named 0.txt": "run --data two.tar",
     # Missing paths that are found one a start, or after a download
     "--data no: no such file": "run --data no | run --data no --vq no --vgg no",
     "--vq no: no such file": "run --vq no | draw --vq no --t5 no",
     "/proc/no: cannot be made": "run --vq gone --out /proc/no",
     # A wrong folder or file that ends in a number, or is found after the network's work
     ": no image": "run --data empty | fid damaged | fid empty --inception lfs.pt | metrics token-kl one t5-mute --vq lfs.pt",
+    "gone: no such folder": "fid gone --inception lfs.pt | metrics token-kl one gone --vq lfs.pt | metrics clip gone",
+    "one: no .npy files": "metrics token-kl empty one",
     "at least 2": "metrics statistics one a.npz",  # the covariance of one image is NaN
     "expected a .npz with mu (2048,)": "fid taken.npz",
     "not finite": "fid nan.npz",
+    "features of ../pairs: not finite": "fid one --inception nan-inception.pth",
+    "scores of drawn: not finite": "metrics clip drawn --model ViT-H-14 --pretrained nan-hps.pt",
+    f"nan-{VQ.name}: encoder.conv_in.weight: not finite": f"metrics token-kl one one --vq nan-{VQ.name}",
     "in a folder that can be written": "metrics statistics ../pairs stats | metrics statistics ../pairs nan.npz/a.npz",
     "taken.npz: cannot be written": "metrics statistics ../pairs taken.npz",
     "tokens below 16384": "metrics token-kl empty empty | metrics token-kl damaged empty",
@@ -592,11 +635,19 @@ def test_what_cannot_be_meant_or_used(capsys, monkeypatch, wrong, tmp_path, says
 
 
 def test_shards_and_wrappers_of_a_checkpoint_are_read(tmp_path):
-    """Else a file that a public program wrote is refused, or half of a sharded one is read."""
+    """Else a file that a public program wrote is refused, half of a sharded one is read, or an older save that
+    lies beside it; or nobody knows which of two was.
+    """
     entries = load_state_dict(F / "janus")
     for i, prefix in enumerate(("_orig_mod.module.", "module._orig_mod.")):
         shard = {prefix + name: x for name, x in list(entries.items())[i::2]}
         safetensors.torch.save_file(shard, tmp_path / f"model-{i}.safetensors")
+    close(load_state_dict(tmp_path), entries)
+    torch.save({name: torch.zeros_like(x) for name, x in entries.items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin: holds .*, and so does .*model-"):
+        load_state_dict(tmp_path)
+    index = '{"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
     close(load_state_dict(tmp_path), entries)
 
 
@@ -1269,7 +1320,7 @@ def test_fid_commands_are_what_they_say_of_the_images(inception, tmp_path, capfd
     distance = pytest.approx(metrics.frechet_distance(*sides[0], *sides[1]), rel=1e-3)
     numbers, said = measured(capfd, "fid", file, b, *options)
     assert numbers == [distance] and "2 images of" in said and "biased" in said
-    assert measured(capfd, "fid", file, file)[0] == [0.0]  # and no network is fetched
+    assert measured(capfd, "fid", file, file)[0] == [pytest.approx(0, abs=1e-9)]  # and no network is fetched
 
 
 GREY, COLOUR = np.array([[0, 40, 80], [120, 200, 255]], np.uint8), pixels(2, 3, 3)
@@ -1333,6 +1384,24 @@ def test_token_kl_command_is_the_closed_form(tmp_path, capfd):
         assert measured(capfd, "token-kl", *sides, *options)[0] == pytest.approx(expected, rel=1e-2)
         for side in sides:
             (side / "0.npy").unlink(missing_ok=True)  # or they would be read, and not the images
+
+
+def test_token_kl_has_a_floor_of_its_own_counts(tmp_path, capfd):
+    """Else a KL that two draws of one distribution have, so many tokens each, is taken for a shift."""
+    for name, n in {"a": 4, "b": 6}.items():
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            np.save(tmp_path / name / f"{i}.npy", np.full(8, name == "a"))
+    _, said = measured(capfd, "token-kl", tmp_path / "a", tmp_path / "b", "--vocab-size", 2)
+    p = 25 / 26  # 3 files of 8 tokens, and one count added to each of two codes
+    assert "real: 0, by 3 files of B against its other 3" in said
+    assert f"3 files of A against the same others have {(2 * p - 1) * math.log(25):.6g}" in said
+
+
+@pytest.mark.parametrize("main", [metrics.main])
+def test_help_is_printed_to_any_screen(main):
+    """Else --help is a traceback where λ or − cannot be printed, as in a log on Windows."""
+    assert "--help" in end(start("--help", lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"), main))
 
 
 @needs_gpu

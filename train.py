@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 import scenes
 from files import options
-from files.disk import InputError, atomic_save, expect, make_folder, reading
+from files.disk import InputError, atomic_save, expect, make_folder, reading, tolerant_output
 from files.images import save_preview
 from files.options import option_name
 from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
@@ -340,9 +340,7 @@ def post_train(cfg, out, rank, world_size):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="replace")  # redirected output may be no UTF-8, and a λ must not end a run
+    tolerant_output()  # a λ must not end a run
     try:
         cfg = parse_config(argv)
         if cfg.sample:

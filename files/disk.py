@@ -3,6 +3,8 @@
 import contextlib
 import os
 import pickle
+import re
+import sys
 from pathlib import Path
 
 
@@ -16,6 +18,13 @@ def expect(condition, message):
         raise InputError(message)
 
 
+def tolerant_output():
+    """Lets stdout and stderr replace what they cannot print: redirected output may be no UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams have not; a windowed program has none
+            stream.reconfigure(errors="replace")
+
+
 @contextlib.contextmanager
 def reading(path, expected, errors=Exception, verb="read"):
     """Turns what is raised inside into InputError: for damage a library raises any of a dozen types.
@@ -25,15 +34,24 @@ def reading(path, expected, errors=Exception, verb="read"):
     try:
         yield
     except errors as error:
-        # PyTorch's own words for such a file advise to switch its protection off.
-        reason = "holds code, or no weights" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.300}"
-        for file in filter(is_pointer_or_page, [Path(path), *Path(path).glob("*")] if verb == "read" else []):
-            reason = f"{file.name} is text: a Git-LFS pointer or a web page"
+        reason = reason_of(Path(path), error) if verb == "read" else f"{error!r:.300}"
         raise InputError(f"{path}: cannot be {verb} ({reason}); expected {expected}") from error
 
 
+def reason_of(path, error):
+    """Why a file, or one in a folder, cannot be read: the error in the words that help."""
+    for file in (path, *path.glob("*")):
+        if is_pointer_or_page(file):
+            return f"{file.name} is text: a Git-LFS pointer or a web page"
+    other = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if other:
+        return f"holds {other[1]} beside its tensors; save the weights alone"
+    # PyTorch's own words for such a file advise to switch its protection off.
+    return "holds code, or no weights" if isinstance(error, pickle.UnpicklingError) else f"{error!r:.300}"
+
+
 def is_pointer_or_page(path):
-    if not (path.is_file() and os.access(path, os.R_OK)):
+    if not path.is_file() or not os.access(path, os.R_OK):
         return False
     with open(path, "rb") as file:
         return file.read(9).startswith((b"version h", b"<"))
@@ -45,13 +63,19 @@ def make_folder(path):
 
 
 def list_files(folder):
-    """The files below a folder, sorted: links are followed (a loop of them ends), hidden ones left out."""
+    """The files below a folder, sorted: links are followed (a loop of them ends), hidden ones left out.
+
+    Prints which folders below it may not be read. Raises InputError where there is no such folder.
+    """
+    expect(os.path.isdir(folder), f"{folder}: no such folder")
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(parent) not in seen
+    for parent, folders, names in os.walk(folder, onerror=print, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
         seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if new and name[0] != "."]
-        files += [Path(parent, name) for name in names if new and name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [Path(parent, name) for name in names if name[0] != "."]
     return sorted(files)
 
 

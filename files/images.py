@@ -66,13 +66,19 @@ def load_batch(paths, transform):
     return [(path, np.asarray(transform(image))) for path, image in images if image]
 
 
+def available_cores():
+    """How many processes can work at once: a container or a cluster's job may have a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def image_batches(paths, transform):
     """Yields (paths, transformed images (b, …)) from worker processes; names what cannot be read.
 
     Raises InputError where nothing can.
     """
-    collate, read = partial(load_batch, transform=transform), 0
-    loader = DataLoader(paths, 32, num_workers=min(8, os.cpu_count()), collate_fn=collate)
+    collate = partial(load_batch, transform=transform)
+    loader = DataLoader(paths, 32, num_workers=min(8, available_cores()), collate_fn=collate)
+    read = 0
     for batch in tqdm(loader, unit=" x 32 images"):
         if batch:
             good, arrays = zip(*batch)
@@ -93,13 +99,17 @@ def to_pil(image):
 
 def save_preview(path, columns, captions):
     """Saves images as a grid, a row a caption; columns: label -> images (n, 3, H, W) in [-1, 1]."""
-    font, margin, head, cell = ImageFont.load_default(13), 190, 24, max(128, next(iter(columns.values())).shape[-1])
-    sheet = Image.new("RGB", (margin + len(columns) * (cell + 4), head + len(captions) * (cell + 4)), "white")
+    font = ImageFont.load_default(13)
+    margin, head = 190, 24  # pixels for the captions on the left, and for the labels above
+    cell = max(128, *(images.shape[-1] for images in columns.values()))
+    pitch = cell + 4
+    sheet = Image.new("RGB", (margin + len(columns) * pitch, head + len(captions) * pitch), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (label, images) in enumerate(columns.items()):
-        draw.text((margin + x * (cell + 4), 4), label, "black", font)
-        for y, (image, caption) in enumerate(zip(images, captions)):
+        draw.text((margin + x * pitch, 4), label, "black", font)
+        for y, image in enumerate(images[: len(captions)]):
             tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)  # small images unsmoothed
-            sheet.paste(tile, (margin + x * (cell + 4), head + y * (cell + 4)))
-            draw.text((6, head + y * (cell + 4) + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
+            sheet.paste(tile, (margin + x * pitch, head + y * pitch))
+    for y, caption in enumerate(captions):
+        draw.text((6, head + y * pitch + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
     atomic_save(path, lambda file: sheet.save(file, "PNG"))

@@ -1,6 +1,7 @@
 """Weights in files: public ones are fetched once, every entry must fit, and what is saved is LlamaGen's layout."""
 
 import argparse
+import json
 import zipfile
 from pathlib import Path
 
@@ -35,28 +36,44 @@ def download(source):
 
 def read_checkpoint(path):
     """What torch.save or safetensors wrote, memory-mapped. Raises InputError, also for a pickle with code."""
-    with reading(path, "an undamaged checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
+    with reading(path, "an undamaged checkpoint of tensors"), torch.serialization.safe_globals([argparse.Namespace]):
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         # Files from before 2020 (VGG's, LPIPS') are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
+def list_parts(path):
+    """The files of a checkpoint: those of a folder that its index names, or without one all; or `path` itself."""
+    for index in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            with reading(index, "a weight_map of entries and their files"):
+                names = json.loads(index.read_text("utf-8-sig"))["weight_map"].values()
+                parts = sorted({path / name for name in names})
+            if any(part.exists() for part in parts):  # `download` fetches every index, but weights of one kind
+                return parts
+    return [*sorted(path.glob("*.safetensors")), *sorted(path.glob("pytorch_model*.bin"))] or [path]
+
+
 def load_state_dict(path):
     """Tensors by name, from a checkpoint's file or folder: bare, or under model, module or state_dict.
 
-    Wrappers' prefixes are cut off. A folder's files are parts of one: a lost part shows as missing entries.
+    Wrappers' prefixes are cut off. Raises InputError for other things than tensors, and for an entry that two
+    files hold: which is meant?
     """
-    state_dict, folder = {}, Path(path)
-    for part in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")) or [path]:
+    state_dict, origin = {}, {}
+    for part in list_parts(Path(path)):
         content = read_checkpoint(part)
         for key in ("model", "module", "state_dict"):
             content = content.get(key, content) if isinstance(content, dict) else {}
         tensors = content and all(isinstance(n, str) and isinstance(x, torch.Tensor) for n, x in content.items())
         expect(tensors, f"{part}: holds other things than tensors by name")
-        state_dict |= content
-    while all(name.startswith(("module.", "_orig_mod.")) for name in state_dict):  # DDP's, torch.compile's
-        state_dict = {name.split(".", 1)[1]: x for name, x in state_dict.items()}
+        names = list(content)
+        while all(name.startswith(("module.", "_orig_mod.")) for name in names):  # DDP's, torch.compile's
+            names = [name.split(".", 1)[1] for name in names]
+        for name, x in zip(names, content.values()):
+            expect(name not in state_dict, f"{part}: holds {name}, and so does {origin.get(name)}; keep one of them")
+            state_dict[name], origin[name] = x, part
     return state_dict
 
 
@@ -77,6 +94,9 @@ def build(make_module, state_dict):
     """make_module(), built without memory and given these weights in float32; every entry must fit."""
     with torch.device("meta"):
         module = make_module()
+    for name, x in state_dict.items():
+        counter = name.endswith(("num_batches_tracked", "codebook_used"))
+        expect(x.is_floating_point() or counter, f"{name} holds {x.dtype}; expected floating-point numbers")
     module.load_state_dict(state_dict, assign=True)
     return module.float()
 

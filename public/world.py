@@ -11,7 +11,7 @@ from files.images import to_pixels
 from files.weights import download, load, load_state_dict
 from metrics import open_clip_score
 from public import janus, llamagen
-from public.data import CaptionedImages, data_batches, list_pairs
+from public.data import CaptionedImages, data_batches, describe_pairs, list_pairs
 from rankee import World
 from vq import load_lpips, patch_discriminator
 
@@ -113,7 +113,7 @@ def load_world(cfg):
         batches=lambda *where: data_batches(dataset, cfg, *where),
         captions=[caption for caption, _ in watched],
         images=to_pixels([image for _, image in watched]),
-        data=f"{len(pairs)} pairs",
+        data=describe_pairs(pairs),
         evaluate=None,
         save_networks=backbone(cfg.ckpt).saver(cfg),
     )
