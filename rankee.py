@@ -12,12 +12,15 @@ No gradient crosses the discrete tokens; what one module learns reaches the othe
 rewards. This file reads top to bottom: the settings of the paper's table, its equations as pure functions,
 the two stages, one step.
 
-Departures from the authors' scripts:
+Departures from the authors' scripts (all of them, with lines: experiments/README.md):
 - K (`rank_k`) defaults to G: with their K = 1 every weight is 1, and soft ranking becomes best-of-G.
+- π_ref is the paper's EMA, not the start (`ref_policy`).
+- The discriminator's fakes are rollouts, not reconstructions (`disc_fakes`). It has GroupNorm (vq.py) and learns from
+  the first step; `disc_start` delays its loss' way to the decoder.
+- Captions are left-padded in training as in sampling, and one causal mask serves both (policy.py).
+- The rates are those that their scripts name; their code runs at 1e-6 and 1e-5. Every gradient is averaged.
+- HPSv2's gradient reaches the decoder; theirs ends at a PIL image. Stage 2 and the logits are in float32.
 - Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
-- The reward reaches the decoder through tensors; through a PIL image it has no gradient.
-- Captions are left-padded in training as in sampling (policy.py). π_ref is the paper's EMA, not the start.
-- The discriminator has GroupNorm (vq.py). It learns from the first step; `disc_start` delays its loss' way to the decoder.
 
 Axes: B captions, G rollouts a caption, R = B·G, K rollouts of a caption kept, N tokens, V codes; T text
 positions and C channels of a caption.

@@ -2,7 +2,8 @@
 
 testdata/reference.npz holds outputs of the public programs (LlamaGen, its VQ tokenizer, Janus, pytorch-fid,
 clean-fid, LPIPS) on weights that are a function of their names, so that no weights need to be stored;
-testdata/manifests.json the names and shapes of public checkpoints.
+testdata/manifests.json the names and shapes of public checkpoints; testdata/release_step.npz one step of the
+authors' own trainers.
 """
 
 import argparse
@@ -46,6 +47,7 @@ import transformers
 from PIL import Image, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import Normalize
 
 import metrics
 import policy as policies
@@ -77,11 +79,11 @@ def close(value, expected, atol=1e-4, rtol=0):
     torch.testing.assert_close(value, expected, atol=atol, rtol=rtol)
 
 
-def fill(shapes, scale=None):
-    """Entries by name, as the reference values were computed with: a random stream seeded by the name."""
+def fill(shapes, scale=None, prefix=""):
+    """Entries by name, as the reference values were computed with: a random stream seeded by prefix and name."""
     entries = {}
     for name, shape in shapes.items():
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+        x = np.random.default_rng(zlib.crc32((prefix + name).encode())).standard_normal(shape, dtype=np.float32)
         if len(shape) > 1:
             x = x * np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]), dtype=np.float32)
         else:
@@ -95,12 +97,12 @@ def filled(name):
     return fill(META[name]["shapes"], META[name].get("scale"))
 
 
-def load_llamagen(entries):
-    return policies.load_llamagen(entries, grid_size=4, head_dim=16)
+def load_llamagen(entries, grid_size=4):
+    return policies.load_llamagen(entries, grid_size, head_dim=16)
 
 
-def load_janus(entries):
-    return janus.load_janus(entries, META["janus"], META["janus"]["pad_id"], grid_size=4)
+def load_janus(entries, grid_size=4):
+    return janus.load_janus(entries, META["janus"], META["janus"]["pad_id"], grid_size)
 
 
 @pytest.fixture(scope="module", params=["llamagen", "janus"])
@@ -1054,16 +1056,16 @@ def text_encoder(captions):
     return policies.left_pad(rows, 4)
 
 
-def make_models(cfg, scorer=Redness(1.0)):
-    """Random networks, the same in every call."""
+def make_models(cfg, scorer=Redness(1.0), **given):
+    """Random networks, the same in every call, but for those `given`."""
     torch.manual_seed(0)
     policy, vq = policies.Policy(TINY_GPT), vqs.VQModel(TINY_VQ)
     nn.init.normal_(policy.output.weight, std=0.3)  # rollouts must differ
     nn.init.normal_(vq.decoder.conv_out.weight, std=0.1)
     lpips = vqs.LPIPS([nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3))], [torch.rand(8)] * 2)
     discriminator = vqs.patch_discriminator(ndf=8, n_layers=1, kernel=3)
-    networks = {"scorer": scorer, "lpips": lpips, "discriminator": discriminator}
-    world = SimpleNamespace(policy=policy, vq=vq, text_encoder=text_encoder, **networks)
+    networks = {"policy": policy, "vq": vq, "scorer": scorer, "lpips": lpips, "discriminator": discriminator}
+    world = SimpleNamespace(text_encoder=text_encoder, **(networks | given))
     return rankee.Models(world, torch.autocast("cpu", enabled=False), cfg)
 
 
@@ -1198,6 +1200,135 @@ def test_an_update_that_is_not_finite_is_not_made():
     assert all(math.isnan(logs[name]) for name in ("reward", "policy_grad_norm", "decoder_grad_norm"))
     assert [bool(moved(CFG, models, name)) for name in ("policy", "vq", "discriminator")] == [False, False, True]
     assert not models.policy_optimizer.state and all(w.grad is None for w in models.policy.parameters())
+
+
+# ---- one step of the authors' trainers -------------------------------------------------------------------------------
+
+# What the trainers of github.com/syjmelody/RankE at 2798acc compute in one step, in float32, on small networks whose
+# weights are functions of their names. "meta" has the shapes and each case's settings, of which those that OUR_NAMES
+# leaves out are our defaults.
+STEP = np.load(HERE / "testdata" / "release_step.npz")
+STEP_META = json.loads(str(STEP["meta"]))
+STEP_INPUTS = r"meta|in\.|loss\.\w*logprobs|(advantages|weights)\.\w*rewards|tau\.steps|ema\.\w+\.(model|before|decay)"
+OUR_NAMES = """lambda_decoder_reward=lambda_d lambda_decoder_gan=lambda_g lambda_decoder_consistency=lambda_c
+lambda_reconstruction=lambda_r learning_rate_gpt=policy_lr learning_rate_decoder=decoder_lr learning_rate_disc=disc_lr
+rejection_sample_k=rank_k disc_weight=disc_weight max_grad_norm=max_grad_norm weight_decay=weight_decay"""
+
+
+def stored(name):
+    return torch.from_numpy(STEP[name])
+
+
+def stored_weights(name, copy=""):
+    """A network's entries; those of its `copy`, "ref" or "ema", are a little away from them."""
+    part = STEP_META[name]
+    prefix, by = part.get(copy, [f"{copy}.", 0.1])
+    entries, others = (fill(part["shapes"], part.get("scale"), p) for p in ("", prefix))
+    moved = ("decoder.", "post_quant_conv.") if name == "vq" else ""
+    return {n: x + by * others[n] if copy and n.startswith(moved) else x for n, x in entries.items()}
+
+
+def stored_models(cfg, name, autocast):
+    """The stored networks; `name` is the policy's: "policy", LlamaGen's, or "janus"."""
+    conv, normalize = nn.Conv2d(3, 4, 5, 4), Normalize(STEP_META["lpips"]["mean"], STEP_META["lpips"]["std"])
+    vgg = nn.Sequential(normalize, nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, 1, 1))
+    lpips = vqs.LPIPS([vgg[:2], vgg[2:]], [torch.zeros(8), torch.zeros(16)])
+    disc = vqs.patch_discriminator(*STEP_META["disc"]["args"])
+    for judge, module in {"reward": conv, "lpips": lpips, "disc": disc}.items():  # stored in their own order
+        module.load_state_dict(dict(zip(module.state_dict(), stored_weights(judge).values(), strict=True)))
+    scorer = lambda images, text_emb: 150 * torch.cosine_similarity(conv((images + 1) / 2).flatten(1), text_emb)
+    load = load_janus if name == "janus" else load_llamagen
+    policy, ref_policy, policy_ema = (load(stored_weights(name, copy), 8) for copy in ("", "ref", "ema"))
+    policy.requires_grad_()  # the authors train Janus' words too
+    vq, vq_ema = (vqs.load_vq(stored_weights("vq", copy)) for copy in ("", "ema"))
+    models = make_models(cfg, scorer, policy=policy, vq=vq, lpips=lpips, discriminator=disc)
+    models.ref_policy, models.policy_ema, models.vq_ema, models.autocast = ref_policy, policy_ema, vq_ema, autocast
+    for optimizer in (models.policy_optimizer, models.decoder_optimizer, models.disc_optimizer):
+        optimizer.zero_grad = lambda: None  # gradients stay, as AdamW was given them
+    return models
+
+
+def play_stored_step(name, autocast=contextlib.nullcontext()):
+    """Both stages of a step: our values by the authors' names for them."""
+    case, part = STEP_META["cases"].get(name, STEP_META["cases"]["k1_before"]), "janus" if name == "janus" else "policy"
+    one, two = ("janus.stage1", "janus.stage2") if name == "janus" else (f"stage1.{name}", f"stage2.{name}")
+    given = {ours: case[theirs] for theirs, ours in (pair.split("=") for pair in OUR_NAMES.split())}
+    cfg = rankee.Config(**given, ref_policy="initial", disc_fakes="reconstructions", tau_steps=0, micro_batch_size=24)
+    m, step, rewards = stored_models(cfg, part, autocast), case["step"], stored("rewards")
+    words = [torch.tensor(ids) for ids in STEP_META["janus"]["prompt_ids"]]
+    captions = {"janus": policies.left_pad(words, 12), "padded": (stored("in.cond"), stored("in.cond_mask"))}
+    captions = captions.get(name, (stored("in.cond_one"), torch.ones(3, 1).bool()))
+    rows = [x.repeat_interleave(8, 0) for x in (*captions, stored("in.text_emb"))]
+    tokens, real = stored("in.tokens").long(), stored("in.images") / 127.5 - 1
+    rollouts = rankee.Rollouts(*rows, tokens, torch.zeros(tokens.shape), m.vq_ema.decode(tokens).detach(), rewards)
+    ours = {"real_codes": m.vq.encode(real), "rewards": m.scorer(rollouts.images, rollouts.text_emb)}
+    for log, policy in {"logprobs": m.policy, "ref_logprobs": m.ref_policy}.items():
+        ours[f"{one}.{log}"] = policies.token_logprobs(policy, *rows[:2], tokens)
+    ours[f"{one}.advantages"] = rankee.group_advantages(rewards)
+
+    logs = rankee.update_policy(m, rollouts, step, cfg)
+    ours |= {f"{one}.{log}": x for log, x in logs.items()} | {f"{one}.grad_norm": logs["policy_grad_norm"]}
+    logs = {"rank_gan_loss": 0.0} | rankee.update_decoder(m, rollouts, real, step, cfg)
+    ours |= {f"{two}.loss.{log.removesuffix('_loss')}": x for log, x in logs.items()}
+    ours |= {f"{two}.loss.total": logs["decoder_loss"], f"{two}.grad_norm": logs["decoder_grad_norm"]}
+    # Theirs neither learns nor steers before disc_start, and counts disc_weight in the discriminator's loss.
+    weight = cfg.disc_weight if step >= cfg.disc_start else 0.0
+    ours[f"{two}.loss.disc_loss"] = weight * logs["disc_loss"]
+    ours[f"{two}.disc_grad_norms"] = [weight * w.grad.norm() for w in m.discriminator.parameters()]
+    ours[f"{two}.tau"] = rankee.tau_at(step, cfg.max_steps, cfg.tau_start, cfg.tau_end)
+    for stage, part, network, ema in ((one, part, m.policy, m.policy_ema), (two, "vq", m.vq, m.vq_ema)):
+        rankee.ema_update(ema, network, case["ema_decay_vq"])
+        gradients = {n: w.grad for n, w in network.named_parameters() if w.grad is not None}
+        gradients = janus.janus_state_dict(gradients, 16) if part == "janus" else gradients
+        ours |= {f"{stage}.grad.{n}": x for n, x in gradients.items()}
+        ours |= {f"{stage}.ema.{n}": x for n, x in ema.named_parameters()}
+        ours[f"{stage}.grad_norms"] = [gradients[n].norm() for n in STEP_META[part]["names"]]
+    return ours
+
+
+def step_difference(name, ours):
+    """‖ours − theirs‖ / ‖theirs‖. Each of a list of norms is divided by itself, or a thousandth of the whole if
+    that is more; an EMA by a thousandth of its norm, about the way it goes in a step.
+    """
+    theirs = stored(name).double()
+    scale = theirs.norm().clamp(min=1e-3) * (1e-3 if "ema." in name else 1.0)
+    scale = theirs.clamp(min=1e-3 * scale) if "grad_norms" in name else scale
+    return ((torch.as_tensor(ours).view_as(theirs) - theirs) / scale).norm().item()
+
+
+def test_a_step_is_the_authors():
+    """Else the method is not the paper's, even under its authors' settings: an advantage, a log-probability, a
+    reward, a loss, a gradient or an EMA is another than in their code. All that they computed is compared.
+    """
+    logprobs, advantages = stored("loss.logprobs").requires_grad_(), rankee.group_advantages(stored("rewards"))
+    loss, _ = rankee.policy_loss(logprobs, stored("loss.old_logprobs"), advantages.view(-1, 1), 0.2)
+    kl, rewards = rankee.kl_anchor(logprobs, stored("loss.ref_logprobs")), stored("weights.rewards")
+    ours = {"loss.policy_loss": loss, "loss.kl": kl, "loss.grad": torch.autograd.grad(loss + 0.05 * kl, logprobs)[0]}
+    for kind in ("", "wide_"):
+        ours[f"advantages.{kind}expected"] = rankee.group_advantages(stored(f"advantages.{kind}rewards"))
+    ours["tau.expected"] = [rankee.tau_at(n, 6000, 4.0, 1.0) for n in STEP["tau.steps"]]
+    for k, tau in [(k, tau) for k in (1, 3, 8) for tau in (4.0, 2.5, 1.0)]:
+        ours[f"weights.k{k}.tau{tau}"], ours[f"weights.k{k}.index"] = rankee.rank_weights(rewards, tau, k)
+    for name in ("ema.gpt", "ema.vq"):
+        slow, fast = (nn.ParameterList([stored(f"{name}.{which}")]) for which in ("before", "model"))
+        rankee.ema_update(slow, fast, STEP[f"{name}.decay"].item())
+        ours[f"{name}.after"] = slow[0]
+    for name in (*STEP_META["cases"], "one", "padded"):
+        ours |= play_stored_step(name)
+    differences = {n: step_difference(n, ours[n]) for n in STEP.files if not re.match(STEP_INPUTS, n)}
+    assert not {name: x for name, x in differences.items() if not x <= (1e-3 if re.search("stage|ema", name) else 1e-4)}
+
+
+def test_bf16_is_the_policys_layers_alone():
+    """Else one update of D_φ, less than bf16 resolves, moves LPIPS and the reward by chance; or the logged KL of
+    two policies that are nearly one is bf16's rounding.
+    """
+    bf16, models, (captions, _, u) = torch.autocast("cpu", torch.bfloat16), make_models(CFG), batch()
+    ours = play_stored_step("kG_after", bf16)
+    assert all(step_difference(name, x) < 1e-3 for name, x in ours.items() if "stage2" in name and name in STEP)
+    models.autocast, rollouts = bf16, rankee.rollout(models, captions, u, CFG)
+    models.policy.output.weight.data *= 1 + 3e-4 * torch.randn(16, 32)
+    assert 0 < rankee.update_policy(models, rollouts, 0, CFG)["kl"] < 1e-6
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------
