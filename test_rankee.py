@@ -620,7 +620,10 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
 }
 
 
-@pytest.mark.parametrize("says, arguments", [(says, text) for says in REFUSED for text in REFUSED[says].split(" | ")])
+REFUSALS = [(says, text) for says in REFUSED for text in REFUSED[says].split(" | ")]
+
+
+@pytest.mark.parametrize("says, arguments", REFUSALS, ids=[text.replace(str(F), "F") for _, text in REFUSALS])
 def test_what_cannot_be_meant_or_used(capsys, monkeypatch, wrong, tmp_path, says, arguments):
     """Else it is trained on, drawn from or measured, costs a night, ends in a traceback, or leaves something
     half-written; or PyTorch advises to set weights_only=False. One line says what is wrong.
@@ -831,6 +834,20 @@ def test_scenes_show_their_captions(scenes_run):
     real, swapped = (base.evaluate(base.vq.encode(x), x) for x in (images, images.flip(1)))
     assert real["accuracy"] > 0.9 > swapped["accuracy"] and swapped["frechet"] > 3 * real["frechet"]
     assert real["token_kl"] < 0.1 and real["clip"] > swapped["clip"] + 10
+
+
+def test_a_third_world_is_a_module_and_a_word(tmp_path, monkeypatch):
+    """Else another data set means an edit of the loop; or a run's --ckpt forgets its world, and asks for T5."""
+    text = (HERE / "experiments" / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "night.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(train.WORLDS, "night", "night")
+    end(start(f"{SCENES} --data night --out {tmp_path}/run"))
+    assert torch.load(tmp_path / "run" / "ckpt.pt")["data"] == "scenes at night"
+    end(start(f"--ckpt {tmp_path}/run --sample 'small red plain ring top left on navy' --out {tmp_path}/drawn"))
+    assert Image.open(tmp_path / "drawn" / "00000" / "samples" / "0000.png").size == (32, 32)
 
 
 # ---- the public programs' numbers ------------------------------------------------------------------------------------
@@ -1367,20 +1384,6 @@ def test_imports_run_one_way():
             names = [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in getattr(node, "names", [])]
             for other in {name.split(".")[0] for name in names} - {room}:
                 assert FLOORS.get(other, -1) < FLOORS.get(room, 5), f"{file} imports {other}"
-
-
-def test_a_third_world_is_a_module_and_a_word(tmp_path, monkeypatch):
-    """Else another data set means an edit of the loop; or a run's --ckpt forgets its world, and asks for T5."""
-    text = (HERE / "experiments" / "README.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(code.splitlines()) <= 30
-    (tmp_path / "night.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(train.WORLDS, "night", "night")
-    end(start(f"{SCENES} --data night --out {tmp_path}/run"))
-    assert torch.load(tmp_path / "run" / "ckpt.pt")["data"] == "scenes at night"
-    end(start(f"--ckpt {tmp_path}/run --sample 'small red plain ring top left on navy' --out {tmp_path}/drawn"))
-    assert Image.open(tmp_path / "drawn" / "00000" / "samples" / "0000.png").size == (32, 32)
 
 
 @pytest.mark.parametrize("old, new", list(ablations()), ids=range(3))
