@@ -290,9 +290,8 @@ def test_janus_is_post_trained_and_comes_back(tmp_path):
     a folder in the same layout, every entry that was not trained as it was, from which --sample draws.
     """
     reward = f"--reward hpsv2 --reward-weights {F}/hps.pt"
-    end(start(f"{RUN} {reward} --ckpt {F}/janus --out {tmp_path} --max-steps 1"))
-    preset = train.parse_config(["--ckpt", str(F / "janus"), "--data", "x"])
-    assert [preset.cfg_scale, preset.top_k, preset.policy_lr, preset.lambda_d] == [5.0, 1000, 1e-4, 0.05]
+    end(start(f"{RUN} {reward} --ckpt {F}/janus --out {tmp_path} --max-steps 1 --keep-exports"))
+    assert (tmp_path / "000001" / "policy_ema" / "tokenizer.json").exists() and (tmp_path / "discriminator.pt").exists()
     was, now = (load_state_dict(folder) for folder in (F / "janus", tmp_path / "policy"))
     trained = {name for name in changed(was, now) if now[name].dtype == torch.float32}
     parts = ("language_model.model.layers.", "language_model.model.norm", "gen_embed", "gen_aligner", "gen_head")
@@ -301,6 +300,30 @@ def test_janus_is_post_trained_and_comes_back(tmp_path):
     assert all(name.startswith(parts) for name in trained)
     end(start(f"--ckpt {tmp_path} --image-size 32 --out {tmp_path}/shown --sample 'a red bus'"))
     assert Image.open(tmp_path / "shown" / "00000" / "samples" / "0000.png").size == (32, 32)
+
+
+PRESETS = {
+    "--ckpt llamagen_xl.pt": {"top_k": 1000, "lambda_d": 0.01, "kl_coef": 0.05, "tau_steps": 936, "policy_lr": 1e-5},
+    "--ckpt llamagen_xl.pt --reward hpsv2": {"lambda_d": 0.1, "kl_coef": 0.05, "tau_steps": 468},
+    "--ckpt deepseek-ai/Janus-1.3B": {"top_k": 1000, "lambda_d": 0.05, "kl_coef": 0.05, "cfg_scale": 5.0},
+    "--ckpt deepseek-ai/Janus-Pro-1B --reward hpsv2": {"lambda_d": 0.05, "kl_coef": 0.01, "image_size": 384},
+    "--ckpt deepseek-ai/Janus-Pro-1B --sample x": {"top_k": 50, "out": "runs/samples"},
+    "--cfg_scale=3": {"cfg_scale": 3.0, "data": "scenes", "tau_steps": 16},
+}
+
+
+@pytest.mark.parametrize("arguments", PRESETS)
+def test_settings_are_the_authors(arguments):
+    """Else a run that is called theirs has other values (scripts of 2798acc; experiments/README.md)."""
+    assert vars(train.parse_config(arguments.split())).items() >= PRESETS[arguments].items()
+
+
+def test_what_is_drawn_from_a_run_has_its_settings(data_run, capsys):
+    """Else a run made at 32 px is drawn at 256, or its policy through a decoder that was trained with another."""
+    for name, pair in {"": "policy.pt vq.pt", "policy_ema.pt": "policy_ema.pt vq_ema.pt"}.items():
+        cfg = train.parse_config(["--ckpt", str(data_run[0] / name), "--sample", "x"])
+        found = [Path(cfg.ckpt).name, Path(cfg.vq).name, cfg.image_size, cfg.t5]
+        assert found == [*pair.split(), 32, str(T5)] and pair.replace(" ", " with ") in capsys.readouterr().out
 
 
 # ---- downloads -------------------------------------------------------------------------------------------------------
@@ -316,6 +339,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
     def translate_path(self, path):
         name = path.split("?")[0].split("/")[-1]
+        name = f"data-{name}" if "/datasets/" in path and name in ("main", COMMIT) else name
         return str(next(file for file in (F / name, T5 / name) if file.exists()))
 
     def end_headers(self):
@@ -325,7 +349,9 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
     def copyfile(self, source, outputfile):
         name, content = Path(source.name).name, source.read()
-        self.fetched.extend({name} - {"main", COMMIT})  # what the hub says of a repository, and of its files
+        self.fetched.extend(
+            {name} - {"main", COMMIT, "data-main", f"data-{COMMIT}", "BLIP3o-60k"}
+        )  # what the hub says of a repository, and of its files
         outputfile.write(content[: len(content) // 2] if name in self.cut else content)
 
 
@@ -334,7 +360,11 @@ def test_public_files_are_fetched_once(tmp_path, monkeypatch):
     start at a time, or a machine without a network cannot use what lies there.
     """
     tree = [{"type": "file", "path": file.name, "size": 1, "oid": "0"} for file in T5.iterdir()]
-    for name, content in {"main": {"id": "google/flan-t5-xl", "sha": COMMIT}, COMMIT: tree}.items():
+    write_tar(F / "object_1.tar", {0: "x/0", 1: "x/1"})
+    data = {"id": "BLIP3o/BLIP3o-60k", "sha": COMMIT, "siblings": [{"rfilename": "object_1.tar", "size": 51e9}]}
+    data_tree = [{"type": "file", "path": "object_1.tar", "size": 1, "oid": "0"}]
+    pages = {"main": {"id": "google/flan-t5-xl", "sha": COMMIT}, COMMIT: tree, "data-main": data}
+    for name, content in (pages | {f"data-{COMMIT}": data_tree, "BLIP3o-60k": data}).items():
         (F / name).write_text(json.dumps(content))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -343,17 +373,20 @@ def test_public_files_are_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    arguments = f"{SMALL} --ckpt {CKPT.name} --data {F}/pairs --image-size 32 --max-steps 1 --out {tmp_path}/run"
+    arguments = f"{SMALL} --ckpt llamagen_xl.pt --image-size 32 --max-steps 1 --out {tmp_path}/run"
     for name in ("vgg", "lpips"):
         sha256 = hashlib.sha256((F / f"{name}.pth").read_bytes()).hexdigest()
         monkeypatch.setattr(train.TrainConfig, name, f"{url}/{name}.pth#{sha256[:8]}")
         arguments += f" --{name} {url}/{name}.pth#{sha256[:8]}"
-    options = ["--ckpt", "--vq", "--t5", "--reward-weights", "--vgg", "--lpips"]
+    options = ["--ckpt", "--vq", "--t5", "--reward-weights", "--vgg", "--lpips", "--data"]
     assert re.findall("\n  (--\\S+)", end(start(arguments, no_network), status=2)) == options
     with monkeypatch.context() as patch:  # what comes whole is not what was asked for; the other comes in half
         patch.setattr(train.TrainConfig, "vgg", f"{url}/vgg.pth#00000000")
         said = end(start(f"{arguments} --vgg {url}/vgg.pth#00000000"), status=2)
-    assert re.findall("\n  (--\\S+)", said) == ["--vgg", "--lpips"]
+    assert (
+        re.findall("\n  (--\\S+)", said) == ["--vgg", "--lpips"] and "BLIP3o-60k of the" in said and "51.0 GB" in said
+    )
+    assert f"stands for the public peizesun/llamagen_t2i/{CKPT.name}" in said
     assert len(Hub.fetched) > 5 and not [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
     Hub.cut.clear()
     for fetched in (["lpips.pth", "vgg.pth"], []):  # only what had not come whole, and that once
@@ -484,6 +517,9 @@ def test_text_features_are_on_the_left_padded_side_and_each_captions_own():
     for row, row_mask, caption in zip(cond, mask, CAPTIONS):
         close(row[row_mask], encoder([caption.upper() + "  "])[0][0], atol=1e-5)
     assert encoder(["a " * 50])[0].shape == (1, 12, 48)
+    cond, mask = llamagen.T5Encoder(T5, 48, 12, "cpu", "cpu", "right")(CAPTIONS)  # as the authors draw COCO
+    assert cond.shape == (4, 12, 48) and mask.sum(1).tolist() == [4, 5, 6, 4] and mask[:, :4].all()
+    assert not cond[~mask].any()
 
 
 def test_janus_prompts():
@@ -516,6 +552,7 @@ def test_samples_have_genevals_layout_and_stay(tmp_path):
     end(start(f"{draw} --rollout-batch-size 1"))
     assert [path.stat().st_mtime_ns == t for path, t in zip(images, times)] == [True, False, True, True]
     assert (np.load(images[1].with_suffix(".npy")) == tokens).all()
+    assert "of other settings" in end(start(f"{draw} --seed 1"), status=2)
     file.write_text("\n".join(reversed(lines)))
     assert "is of another caption" in end(start(draw), status=2)
 
@@ -539,6 +576,7 @@ def wrong():
         "code.pt": b"cos\nsystem\n(S'true'\ntR.",  # a pickle that calls os.system("true")
         "codes.safetensors": safetensors.torch.save(policy | cut),
         "narrow.safetensors": safetensors.torch.save(policy | narrow),
+        "nan.safetensors": safetensors.torch.save(policy | {"norm.weight": math.nan * policy["norm.weight"]}),
         "t5-lacks/model.safetensors": safetensors.torch.save(lacks, {"format": "pt"}),
         "t5-lfs/model.safetensors": pointer,
         "janus-rotary/config.json": b'{"language_config": {"num_attention_heads": 4, "rope_theta": 5e5}}',
@@ -591,6 +629,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "holds code, or no weights": "draw --ckpt code.pt | draw --ckpt bad.json",
     "is text: a Git-LFS pointer or a web page": "draw --ckpt lfs.pt | draw --t5 t5-lfs | run --reward-weights lfs.pt",
     "lacks the weights": "draw --t5 t5-lacks",
+    "holds weights that are not finite": "draw --ckpt nan.safetensors",
     "has 60 codes": "draw --ckpt codes.safetensors",
     "48 wide; the policy takes 40": "draw --ckpt narrow.safetensors",
     "expected what load_vq reads": f"draw --vq {CKPT} | metrics token-kl ../pairs ../pairs --vq {CKPT}",
@@ -730,11 +769,29 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, main, command, kill, number,
     while not (out / "log.jsonl").exists() or not read_log(out):
         assert process.is_alive()
         time.sleep(0.02)
+    assert "another run is going on there" in end(start(f"{RUN} --out {out}"), status=2)
     kill(process.pid, number)
-    end(process, status)
+    assert "ending after this step" in end(process, status)
     assert torch.load(out / "ckpt.pt")["step"] == len(read_log(out))
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
+
+
+def in_a_notebook(arguments):
+    """Twice in one process, in a thread, with streams that have no reconfigure; then once more in the main thread."""
+    sys.stdout = SimpleNamespace(write=sys.stdout.write, flush=sys.stdout.flush)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=train.main, args=(arguments,))
+    thread.start()
+    thread.join()
+    train.main([*arguments, "--resume", "--max-steps", "2"])
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_run_in_a_notebook(tmp_path):
+    """Else train.main([...]) dies there of a stream, a signal or a lock, or Ctrl-C afterwards kills the kernel."""
+    end(start(f"{SCENES} --max-steps 1 --out {tmp_path}/run", main=in_a_notebook))
+    assert len(read_log(tmp_path / "run")) == 2
 
 
 def fill_disk():
@@ -802,6 +859,8 @@ def test_two_processes_make_one_update(tmp_path):
     processes = start_together(f"{small} --batch-size 4 --out {tmp_path}/one", 1, same_numbers)
     for process in processes + start_together(f"{small} --batch-size 2 --out {tmp_path}/two", 2, same_numbers):
         end(process)
+    rewards = [read_log(tmp_path / name)[0]["reward"] for name in ("one", "two")]
+    assert rewards[1] == pytest.approx(rewards[0], rel=1e-5)  # and the log has the mean of both, not the first's
     one, two = (torch.load(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     for name in ("policy_optimizer", "decoder_optimizer", "disc_optimizer"):
         x, y = (torch.cat([x["exp_avg"].flatten() for x in run[name]["state"].values()]) for run in (one, two))
@@ -1106,7 +1165,7 @@ def moved(cfg, models, name):
     return changed(*(getattr(m, name).state_dict() for m in (make_models(cfg), models)))
 
 
-@pytest.mark.parametrize("method, every", [("rl", 1), ("decoder", 1), ("ranke", 1), ("ranke", 2)])
+@pytest.mark.parametrize("method, every", [("rl", 1), ("sft", 1), ("decoder", 1), ("ranke", 1), ("ranke", 2)])
 def test_each_stage_moves_its_own(method, every):
     """Else "standard RL" is not the frozen-decoder method that RankE is compared with; or stage 2 moves
     encoder or codebook, and tokens change their meaning under the policy; or an "EMA decoder" is the online
@@ -1115,9 +1174,9 @@ def test_each_stage_moves_its_own(method, every):
     cfg = replace(CFG, method=method, policy_ema_every=every, policy_ema=0.9, policy_lr=0.1, decoder_lr=0.1)
     models, _ = play(cfg)
     policy, vq, discriminator, lpips = (moved(cfg, models, n) for n in ("policy", "vq", "discriminator", "lpips"))
-    assert bool(policy) == (method != "decoder") and bool(discriminator) == (method != "rl") and not lpips
+    assert bool(policy) == (method != "decoder") and bool(discriminator) == cfg.trains_decoder and not lpips
     ours = {name for name in models.vq.state_dict() if name.startswith(("decoder.", "post_quant_conv."))}
-    assert vq == (set() if method == "rl" else ours)
+    assert vq == (ours if method in ("ranke", "decoder") else set())
     for name, decay in {"policy": 0.9 if every == 1 else 1.0, "vq": 0.99}.items():
         x, y = (getattr(m, name).state_dict() for m in (make_models(cfg), models))
         ema = {entry: decay * x[entry] + (1 - decay) * y[entry] for entry in x}
@@ -1155,6 +1214,27 @@ def test_stage_1_is_the_papers_gradient(ref, guided):
     assert (abs(gap) < 1e-5) == guided and kl.mean() > 1e-3
     expected = {"kl": kl.mean().item(), "policy_loss": -gain.mean().item(), "logprob_gap": gap}
     assert {name: logs[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+def test_sft_is_cross_entropy_on_real_images(dropped):
+    """Else the paper's second row is another loss, or guidance is never learned: with all captions dropped the
+    policy must not know which caption it is.
+    """
+    cfg, (captions, images, u) = replace(CFG, method="sft", caption_dropout=dropped, micro_batch_size=1), batch()
+    models, slow = make_models(cfg), make_models(cfg)
+    nn.init.normal_(slow.policy.cls_embedding.uncond_embedding)
+    models.policy.load_state_dict(slow.policy.state_dict())
+    cond, mask = text_encoder(captions)
+    if dropped:
+        cond = slow.policy.cls_embedding.uncond_embedding.expand_as(cond)
+    codes = slow.vq.encode(images)
+    logits = slow.policy(cond, mask, codes[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    loss.backward()
+    logs = rankee.train_step(models, captions, images, u, 0, cfg)
+    norm = torch.cat([w.grad.flatten() for w in slow.policy.parameters() if w.grad is not None]).norm().item()
+    assert [logs["policy_loss"], logs["policy_grad_norm"]] == pytest.approx([loss.item(), norm], rel=1e-4)
 
 
 @pytest.mark.parametrize("gan, rank_k, step", [("rank", 0, 2), ("uniform", 0, 2), ("rank", 1, 1), ("rank", 3, 2)])
@@ -1362,7 +1442,13 @@ def test_the_readme_names_what_there_is():
     text = (HERE / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1800 and max(map(len, text.splitlines())) <= 120
     assert len(train.TrainConfig.__dataclass_fields__) <= 66
-    options = set(re.findall(r"--[\w-]+", train.option_parser().format_help()))
+    help_ = train.option_parser().format_help()
+    assert (
+        max(map(len, help_.splitlines())) <= 80
+        and "80; scenes" not in help_
+        and "scenes\n                        80" in help_
+    )
+    options = set(re.findall(r"--[\w-]+", help_))
     others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--pretrain"}
     assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
     table = re.search(r"\| in the paper.*?\n\n", text, re.S).group()
@@ -1532,7 +1618,7 @@ def test_token_kl_has_a_floor_of_its_own_counts(tmp_path, capfd):
     assert f"3 files of A against the same others have {(2 * p - 1) * math.log(25):.6g}" in said
 
 
-@pytest.mark.parametrize("main", [metrics.main])
+@pytest.mark.parametrize("main", [metrics.main, train.main])
 def test_help_is_printed_to_any_screen(main):
     """Else --help is a traceback where λ or − cannot be printed, as in a log on Windows."""
     assert "--help" in end(start("--help", lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"), main))

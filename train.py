@@ -55,7 +55,9 @@ class TrainConfig(Config):
     """The method's settings and a run's. Networks are public files by default (`files.weights.download`)."""
 
     # Sampling, with `Config`'s
-    padding: Annotated[Literal["left", "right"], "of LlamaGen's captions; the authors' COCO images: right"] = "left"
+    padding: Annotated[
+        Literal["left", "right"], "side of LlamaGen's captions; the authors' runs and COCO images: right"
+    ] = "left"
     sample: Annotated[list[str], "draw these captions, or a file's: .txt, .csv, GenEval's .jsonl, COCO's .json"] = ()
     num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
     per_prompt: Annotated[int, "images a caption of --sample"] = 1

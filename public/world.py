@@ -85,7 +85,12 @@ def refuse(missing):
 
 def download_data(name):
     """The folder of a data set on the Hugging Face hub, fetched once; its size is said before."""
-    files = HfApi().dataset_info(name, files_metadata=True).siblings
+    try:
+        files = HfApi().dataset_info(name, files_metadata=True).siblings
+    except Exception as error:  # without a network what was fetched before will do; it raises if there is nothing
+        folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+        print(f"--data: {folder} as it is; what it lacks cannot be fetched ({error!r:.80})")
+        return folder
     print(f"--data: {name} of the Hugging Face hub, {sum(file.size for file in files) / 1e9:.1f} GB, once", flush=True)
     return snapshot_download(name, repo_type="dataset")
 
