@@ -62,23 +62,22 @@ class Sampling:
 
 
 def rope_1d(positions, head_dim):
-    """Llama's rotary table, base 10000: positions (…) to cosines and sines (…, head_dim / 2, 2)."""
+    """Llama's rotary table, base 10000: positions (…) to complex numbers of length 1 (…, head_dim / 2)."""
     freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angles = positions[..., None] * freqs
-    return torch.stack([angles.cos(), angles.sin()], -1)
+    return torch.complex(angles.cos(), angles.sin())
 
 
 def rope_2d(positions, grid_size, head_dim):
     """LlamaGen's, same shape: a head's first half of pairs turns with the row, its second with the column."""
     row, column = positions // grid_size, positions % grid_size
-    return torch.cat([rope_1d(row, head_dim // 2), rope_1d(column, head_dim // 2)], -2)
+    return torch.cat([rope_1d(row, head_dim // 2), rope_1d(column, head_dim // 2)], -1)
 
 
 def apply_rotary_emb(x, freqs_cis):
-    """Rotates neighbouring pairs of `x` (…, R, heads, L, head_dim) by `freqs_cis` (R, L, head_dim / 2, 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = freqs_cis.unsqueeze(1).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+    """Rotates neighbouring pairs of `x` (…, R, heads, L, head_dim) by `freqs_cis` (R, L, head_dim / 2), complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * freqs_cis.unsqueeze(1)).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -157,10 +156,10 @@ class Policy(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def freqs_cis(self, cond_mask, n):
-        """Rotary table (R, T + n, head_dim / 2, 2) of a prefix with cond_mask (R, T) and n image tokens."""
+        """Rotary table (R, T + n, head_dim / 2) of a prefix with cond_mask (R, T) and n image tokens."""
         table = rope_2d(torch.arange(n, device=cond_mask.device), self.config.grid_size, self.config.head_dim)
         # Zero over the prefix, the same for all rows.
-        return F.pad(table, (0, 0, 0, 0, cond_mask.shape[1], 0)).expand(len(cond_mask), -1, -1, -1)
+        return F.pad(table, (0, 0, cond_mask.shape[1], 0)).expand(len(cond_mask), -1, -1)
 
     def transformer(self, x, freqs_cis, mask, kv_cache, input_pos, checkpointing=False):
         """Embeddings (R, L, dim) to last hidden states of the same shape.
@@ -169,6 +168,8 @@ class Policy(nn.Module):
         (`new_kv_cache`, or None for each), is written at `input_pos` (L,) and read up to the mask's keys.
         """
         x = x.float()  # whatever autocast makes of embeddings: sampling and scoring must add alike
+        if mask is not None:  # as attention adds it, made once and not in each layer
+            mask = torch.where(mask, 0.0, -torch.inf).to(compute_dtype(x.device))
         for layer, layer_cache in zip(self.layers, kv_cache):
             x = maybe_checkpoint(layer, x, freqs_cis, mask, layer_cache, input_pos, enabled=checkpointing)
         return self.norm(x)
@@ -199,10 +200,14 @@ class Policy(nn.Module):
     def new_kv_cache(self, rows, positions):
         """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
         config, device = self.config, self.norm.weight.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
         # Zeros: a recorded step reads past what is filled, and leftover NaN would pass through its mask.
-        return torch.zeros(shape, device=device, dtype=dtype)
+        return torch.zeros(shape, device=device, dtype=compute_dtype(device))
+
+
+def compute_dtype(device):
+    """What queries, keys and values are in: autocast's type, or float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def maybe_checkpoint(function, *inputs, enabled):
