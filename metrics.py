@@ -16,7 +16,6 @@ EXIF orientation is ignored, as by the published tools. Transparency goes over w
 """
 
 import argparse
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files.disk import InputError, atomic_save, expect, list_files, reading, tolerant_output
+from files.disk import InputError, atomic_save, expect, reading, tolerant_output
 from files.images import center_crop, image_batches, list_images
+from files.measured import list_tokens, load_statistics, load_tokens, read_prompt
 from files.weights import build, download, load, load_state_dict
 
 # open_clip and torchvision take seconds to import, vq.py with them: they are imported where they are used.
@@ -186,15 +186,6 @@ def fid_transform(image, mode, image_size):
     return preprocess(pixels[None], mode)[0]
 
 
-def load_statistics(path):
-    """mu and sigma of a .npz, and a line on where they come from."""
-    with reading(path, "a .npz with mu (2048,) and sigma (2048, 2048)"), np.load(path) as file:
-        mu = file["mu"].reshape(2048).astype(float)
-        sigma = file["sigma"].reshape(2048, 2048).astype(float)
-    expect(np.isfinite(mu.sum() + sigma.sum()), f"{path}: not finite")
-    return mu, sigma, f"statistics of {path}"
-
-
 def compute_statistics(folder, images, line, network, args):
     """The same, computed from the images and the line that `list_images` gave for a folder."""
     batches = image_batches(images, partial(fid_transform, mode=args.preprocess, image_size=args.image_size))
@@ -232,19 +223,12 @@ def save_statistics(args):
     print(f"{args.b}: {line}")
 
 
-def read_prompt(image, prefix):
-    """The caption of an image in GenEval's layout: DIR/00000/metadata.jsonl of DIR/00000/samples/0000.png."""
-    file = image.parent.parent / "metadata.jsonl"
-    with reading(file, 'the caption of the images beside it, {"prompt": "..."}, as --sample writes'):
-        return prefix + json.loads(file.read_text("utf-8-sig"))["prompt"]
-
-
 def print_clip(args):
     """The mean CLIP score of the images that `train.py --sample` drew."""
     import open_clip
 
     images, line = list_images(args.a)
-    prompts = {image: read_prompt(image, args.prefix) for image in images}
+    prompts = {image: args.prefix + read_prompt(image) for image in images}
     score = open_clip_score(args.model, args.pretrained).to(DEVICE)
     # CLIP's own: the shorter side to the network's size by PIL's bicubic, then the middle.
     transform = open_clip.image_transform(score.model.visual.image_size, is_train=False, mean=[0.5] * 3, std=[0.5] * 3)
@@ -257,9 +241,9 @@ def print_clip(args):
     print(f"{line}, {len(scores)} read; {args.model}, {args.prefix!r} before a caption")
 
 
-def list_tokens(folder, args):
+def list_sources(folder, args):
     """The .npy files of a folder, or without any its images, which --vq encodes; and a line that counts them."""
-    files = [file for file in list_files(folder) if file.suffix == ".npy"]
+    files = list_tokens(folder)
     if files:
         return files, f"{len(files)} .npy files of {folder}"
     images, line = list_images(folder)
@@ -268,12 +252,9 @@ def list_tokens(folder, args):
 
 
 def read_tokens(folder, files, vq, size, args):
-    """Tokens, an int64 tensor for each of the files that `list_tokens` gave."""
+    """Tokens, an int64 tensor for each of the files that `list_sources` gave."""
     if files[0].suffix == ".npy":
-        with reading(folder, f".npy files of tokens below {size}, as --sample writes"):
-            tokens = [torch.from_numpy(np.load(file).astype(np.int64, casting="safe").ravel()) for file in files]
-            token_histogram(torch.cat(tokens), size)  # fails for other numbers
-        return tokens
+        return load_tokens(folder, files, size)
     tokens = []
     for _, x in image_batches(files, partial(center_crop, size=args.image_size or 256)):
         tokens += vq.encode(x.to(DEVICE).permute(0, 3, 1, 2) / 127.5 - 1).cpu()
@@ -284,8 +265,8 @@ def print_token_kl(args):
     """The KL of A's tokens from B's, and their entropies; and the KL that real tokens have from real ones."""
     from vq import load_vq
 
-    files_a, line_a = list_tokens(args.a, args)
-    files_b, line_b = list_tokens(args.b, args)  # both are refused before the work
+    files_a, line_a = list_sources(args.a, args)
+    files_b, line_b = list_sources(args.b, args)  # both are refused before the work
     vq, size = None, args.vocab_size
     if args.vq:
         vq = load(args.vq, load_vq).to(DEVICE)

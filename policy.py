@@ -52,11 +52,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # codes to choose from; 0 is all, 1 is greedy decoding
 
-    @property
-    def use_cfg(self):
-        """Whether unconditional rows are needed."""
-        return self.cfg_scale != 1
-
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
@@ -240,7 +235,7 @@ def logits_to_logprobs(logits, sampling=Sampling()):
     With guidance the logits have 2R rows, the conditional ones first.
     """
     logits = logits.float()
-    if sampling.use_cfg:
+    if sampling.cfg_scale != 1:
         cond_logits, uncond_logits = logits.chunk(2)
         logits = uncond_logits + sampling.cfg_scale * (cond_logits - uncond_logits)
     logits = logits / sampling.temperature
@@ -270,9 +265,9 @@ def generate(policy, cond, cond_mask, u, sampling=Sampling()):
     Returns tokens (B, G, N) and their log-probabilities (B, G, N) in the distribution they were drawn from.
     """
     B, G, N = u.shape
-    T = cond.shape[1]
+    T, use_cfg = cond.shape[1], sampling.cfg_scale != 1
     u = u.flatten(0, 1)  # (R, N)
-    prefix, prefix_mask = policy.cls_embedding(cond, cond_mask, sampling.use_cfg)  # (B or 2B, T, dim), (B or 2B, T)
+    prefix, prefix_mask = policy.cls_embedding(cond, cond_mask, use_cfg)  # (B or 2B, T, dim), (B or 2B, T)
     freqs_cis, mask = policy.freqs_cis(prefix_mask, N - 1), attention_mask(prefix_mask, N - 1)
 
     # The caption is read once, and its keys and values are shared by its G rollouts.
@@ -298,7 +293,7 @@ def generate(policy, cond, cond_mask, u, sampling=Sampling()):
     def decode_one_token(kv_len):
         """Draws token n and reads it, looking at the first `kv_len` positions; never waits for the device."""
         x = policy.tok_embeddings(sample_next())
-        x = torch.cat([x, x]) if sampling.use_cfg else x  # (R or 2R, 1, dim)
+        x = torch.cat([x, x]) if use_cfg else x  # (R or 2R, 1, dim)
         input_pos = T + n
         row_mask = mask.index_select(2, input_pos)[..., :kv_len]
         h.copy_(policy.transformer(x, freqs_cis.index_select(1, input_pos), row_mask, kv_cache, input_pos))
@@ -337,7 +332,7 @@ def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpoin
     although it samples with guidance. Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a
     row at N = 1024, and softmax takes several such arrays.
     """
-    h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], sampling.use_cfg, checkpointing)
+    h = policy.hidden_states(cond, cond_mask, tokens[:, :-1], sampling.cfg_scale != 1, checkpointing)
 
     def score(h, tokens):
         next_logprobs = logits_to_logprobs(policy.logits(h), sampling)  # (R, n, V)

@@ -31,7 +31,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -102,24 +102,12 @@ class Config:
         return Sampling(self.cfg_scale, self.temperature, self.top_k)
 
     @property
-    def scoring(self):
-        """What is scored: the unguided policy (published), or with `cfg_logprobs` the distribution drawn from.
-
-        Top-k is left out: a code outside of the reference's top k would have an infinite KL.
-        """
-        return replace(self.sampling, top_k=0) if self.cfg_logprobs else Sampling()
-
-    @property
     def trains_policy(self):
         return self.method != "decoder"
 
     @property
     def trains_decoder(self):
         return self.method in ("ranke", "decoder")
-
-    @property
-    def draws_rollouts(self):
-        return self.method != "sft"
 
 
 # ---- stage 1: token-level ranking ------------------------------------------------------------------------------------
@@ -316,23 +304,6 @@ def sample_tokens(policy, cond, cond_mask, u, cfg):
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def make_autocast(cfg):
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cfg.device == "cuda")
-    return torch.autocast(cfg.device, torch.bfloat16, enabled=bf16)
-
-
-@torch.no_grad()
-def sample_images(policy, decoders, text_encoder, captions, u, cfg):
-    """Draws n captions from u (n, N) as rollouts are: tokens (n, N), their log-probabilities (n, N), and a list
-    of each decoder's images (n, 3, H, W).
-    """
-    cond, cond_mask = text_encoder(captions)
-    with make_autocast(cfg):
-        tokens, logprobs = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)  # (n, 1, N)
-    tokens, logprobs = tokens[:, 0], logprobs[:, 0]
-    return tokens, logprobs, [in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders]
-
-
 @torch.no_grad()
 def rollout(models, captions, u, cfg):
     """Samples, decodes (EMA decoder) and scores G images a caption; u (B, G, N) is uniform in [0, 1)."""
@@ -372,12 +343,14 @@ def finetune_policy(models, captions, images, u, cfg):
 def update_policy(models, rollouts, step, cfg):
     """Stage 1: moves π_θ; nothing else changes. Returns what to log."""
     advantages = group_advantages(rollouts.rewards).view(-1, 1)  # (R, 1)
+    # Top-k is never scored: a code outside of the reference's top k would have an infinite KL.
+    scoring = Sampling(cfg.cfg_scale, cfg.temperature) if cfg.cfg_logprobs else Sampling()
 
     def score(policy, i):
         """Log-probabilities and entropies (rows, N) of the rollouts i."""
         cond, cond_mask, tokens = rollouts.cond[i], rollouts.cond_mask[i], rollouts.tokens[i]
         with models.autocast:
-            return score_tokens(policy, cond, cond_mask, tokens, cfg.scoring, cfg.gradient_checkpointing)
+            return score_tokens(policy, cond, cond_mask, tokens, scoring, cfg.gradient_checkpointing)
 
     R, logs = len(rollouts.tokens), {}
     for i in torch.arange(R, device=rollouts.tokens.device).split(cfg.micro_batch_size):
@@ -389,7 +362,7 @@ def update_policy(models, rollouts, step, cfg):
         kl = kl_anchor(logprobs, ref_logprobs)
         share = len(i) / R
         (share * (pg_loss + cfg.kl_coef * kl)).backward()
-        # 0 if what is scored was sampled: with `cfg_logprobs`, and without top-k, which is never scored.
+        # 0 if what is scored was sampled: with `cfg_logprobs`, and without top-k.
         gap = (logprobs - rollouts.sampling_logprobs[i]).mean()
         add_to_logs(logs, share, policy_loss=pg_loss, kl_loss=cfg.kl_coef * kl, kl=kl, clip_frac=clip_frac)
         add_to_logs(logs, share, logprob_gap=gap, entropy=entropy.mean())
@@ -460,17 +433,15 @@ def train_step(models, captions, images, u, step, cfg):
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     for group in models.policy_optimizer.param_groups:
         group["lr"] = cfg.policy_lr * warmup
-    logs = {}
-    if cfg.draws_rollouts:
+    if cfg.method == "sft":
+        logs = finetune_policy(models, captions[: len(images)], images[: len(captions)], u[:, 0, 0], cfg)
+    else:
         rollouts = rollout(models, captions, u, cfg)
         shares = torch.bincount(rollouts.tokens.flatten()) / rollouts.tokens.numel()  # of each code
-        logs["reward"] = rollouts.rewards.mean().item()
-        logs["reward_std"] = rollouts.rewards.std(1).mean().item()
+        logs = {"reward": rollouts.rewards.mean().item(), "reward_std": rollouts.rewards.std(1).mean().item()}
         logs["token_entropy"] = torch.special.entr(shares).sum().item() / math.log(2)  # bits
-    if cfg.method == "sft":
-        logs |= finetune_policy(models, captions[: len(images)], images[: len(captions)], u[:, 0, 0], cfg)
-    elif cfg.trains_policy:
-        logs |= update_policy(models, rollouts, step, cfg)
+        if cfg.trains_policy:
+            logs |= update_policy(models, rollouts, step, cfg)
     if cfg.trains_policy and (step + 1) % cfg.policy_ema_every == 0:
         ema_update(models.policy_ema, models.policy, cfg.policy_ema)
     if cfg.trains_decoder:

@@ -56,6 +56,7 @@ import rankee
 import train
 import vq as vqs
 from files.disk import InputError
+from files.log import log_step
 from files.images import load_image, to_pixels
 from files.weights import load, load_state_dict
 from policy import Sampling
@@ -808,7 +809,7 @@ def test_a_full_disk_leaves_what_was_saved(data_run, tmp_path):
     assert "cannot be written" in said and "Traceback" not in said and not list(out.glob(".*.partial"))
     assert all((out / name).read_bytes() == (data_run[0] / name).read_bytes() for name in ("vq.pt", "ckpt.pt"))
     with pytest.raises(InputError, match="full: cannot be"), contextlib.redirect_stdout(open("/dev/full", "w")):
-        train.log_step("/dev/full", 1, 9, {"reward": 1.0})
+        log_step("/dev/full", 1, 9, {"reward": 1.0})
 
 
 def no_reward():

@@ -39,11 +39,11 @@ import scenes
 from files import options
 from files.disk import InputError, atomic_save, expect, make_folder, reading, tolerant_output
 from files.images import save_preview
-from files.options import option_name
 from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
-from files.weights import read_checkpoint, run_settings
-from public.sample import sample
-from rankee import Config, Models, make_autocast, random_stream, sample_images, train_step, uniform
+from files.log import log_step, print_table, read_log
+from files.weights import read_checkpoint, run_settings, saved_settings
+from public.sample import Watched, make_autocast, sample
+from rankee import Config, Models, random_stream, train_step, uniform
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def parse_config(argv=None):
     parser = option_parser()
     given = options.parse_options(parser, sys.argv[1:] if argv is None else argv)
     if given.get("resume"):
-        settings = saved_settings(given)
+        settings = saved_settings(given.get("out", "runs/scenes"), given, vars(TrainConfig()).keys())
     else:
         of_run = run_settings(given.pop("ckpt")) if "ckpt" in given else {}
         known = of_run | given
@@ -137,19 +137,6 @@ def parse_config(argv=None):
     return cfg
 
 
-def saved_settings(given):
-    """The settings of the run that is resumed; says which of them are given otherwise."""
-    out = Path(given.get("out", "runs/scenes"))
-    expect((out / "ckpt.pt").exists(), f"--resume: there is no run in {out} (no ckpt.pt); name its folder with --out")
-    settings = read_checkpoint(out / "ckpt.pt").get("config", {})
-    same_version = settings.keys() == vars(TrainConfig()).keys()
-    expect(same_version, f"{out / 'ckpt.pt'}: not a run, or one of another version; go on with that one, or begin anew")
-    for name, value in given.items():
-        if value != settings[name] and name != "resume":
-            print(f"{option_name(name)}: {settings[name]} -> {value}")
-    return settings
-
-
 def check_config(cfg):
     """Raises InputError for values that cannot be meant."""
     for name, value in dataclasses.asdict(cfg).items():
@@ -157,10 +144,12 @@ def check_config(cfg):
             positive = name in POSITIVE.split()
             fits = math.isfinite(value) and (value > 0 if positive else value >= 0)
             least = "more than 0" if positive else "0 or more"
-            expect(fits, f"{option_name(name)} {value}: expected {least}, and finite")
+            expect(fits, f"{options.option_name(name)} {value}: expected {least}, and finite")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
     for name in ("policy_ema", "decoder_ema", "caption_dropout", "gan_beta2"):
-        expect(getattr(cfg, name) <= 1, f"{option_name(name)} {getattr(cfg, name)}: expected 0 or more, 1 at most")
+        expect(
+            getattr(cfg, name) <= 1, f"{options.option_name(name)} {getattr(cfg, name)}: expected 0 or more, 1 at most"
+        )
     overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
     expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
     cuda = "cuda" in (cfg.device, cfg.t5_device)
@@ -200,34 +189,6 @@ def load_checkpoint(state, models, world_size, data):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def log_step(path, step, max_steps, logs):
-    """A line for people and one of JSON for machines, where numbers that are not finite are null."""
-    bad = [name for name, value in logs.items() if not math.isfinite(value)]
-    shown = [name for name in logs if name in ("reward", "kl", "seconds") or name.endswith(("_loss", "_grad_norm"))]
-    line = "  ".join(f"{name} {logs[name]:.3g}" for name in shown)
-    kept = [name.removesuffix("_grad_norm") for name in bad if name.endswith("_grad_norm")]
-    if kept:
-        line += f"  NO UPDATE of {', '.join(kept)}"
-    if bad:
-        line += f"  not finite: {', '.join(bad)}"
-    with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` at once; the step is saved all the same
-        print(f"step {step}/{max_steps}  {line}", flush=True)
-    with reading(path, "a disk with room", OSError, verb="written"), open(path, "a") as file:
-        file.write(json.dumps({"step": step} | logs | dict.fromkeys(bad)) + "\n")
-
-
-def read_log(path, steps):
-    """The log's lines of the first `steps` steps."""
-    with reading(path, "the run's log; an empty file will do"):
-        return "".join(path.read_text().splitlines(keepends=True)[:steps])
-
-
-def print_table(rows):
-    print("\n" + "".join(f"{name:>16}" for name in rows[0]))
-    for row in rows:
-        print("".join(f"{value:16.3f}" if isinstance(value, float) else f"{value:>16}" for value in row.values()))
-
-
 def train(cfg):
     """A whole run, alone in its folder."""
     rank, world_size = init_distributed(cfg.device)
@@ -236,28 +197,6 @@ def train(cfg):
     expect(cfg.resume or not holds, f"--out {out}: holds a run ({', '.join(holds)}); --resume it or name another one")
     with alone_in(out) if rank == 0 else contextlib.nullcontext():
         post_train(cfg, out, rank, world_size)
-
-
-class Watched:
-    """A world's captions, drawn from the same numbers before, during and after a run."""
-
-    def __init__(self, world, cfg):
-        self.world, self.cfg = world, cfg
-        N = world.policy.config.grid_size**2
-        self.u = uniform(random_stream(cfg.seed, "watched"), len(world.captions), N).to(cfg.device)
-
-    def draw(self, policy, decoders, n=None):
-        """Tokens (n, N) of the first n captions, and their images (n, 3, H, W) by each of the named decoders."""
-        captions, u = self.world.captions[:n], self.u[:n]
-        drawn = sample_images(policy, decoders.values(), self.world.text_encoder, captions, u, self.cfg)
-        tokens, _, images = drawn
-        return tokens, dict(zip(decoders, images))
-
-    def measure(self, policy, decoders, method, step):
-        """The world's numbers of all captions' images, a row a decoder."""
-        tokens, images = self.draw(policy, decoders)
-        where = {"method": method, "decoder": "", "step": step}
-        return [where | {"decoder": name} | self.world.evaluate(tokens, x) for name, x in images.items()]
 
 
 def post_train(cfg, out, rank, world_size):

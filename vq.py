@@ -41,9 +41,9 @@ class VQConfig:
     def grid_size(self, image_size):
         """Codes a side of an image of `image_size` pixels. Raises InputError where it does not divide."""
         factor = 2 ** (len(self.ch_mult) - 1)
-        fits = image_size >= factor and image_size % factor == 0
-        expect(fits, f"--image-size {image_size}: expected a multiple of the tokenizer's factor, {factor}")
-        return image_size // factor
+        grid_size, rest = divmod(image_size, factor)
+        expect(grid_size and not rest, f"--image-size {image_size}: expected a multiple of the tokenizer's {factor}")
+        return grid_size
 
 
 # ---- VQ-GAN ----------------------------------------------------------------------------------------------------------
@@ -95,10 +95,8 @@ class Level(nn.Module):
     def __init__(self, in_ch, out_ch, num_res_blocks, groups, attend):
         super().__init__()
         self.res, self.attn = nn.ModuleList(), nn.ModuleList()
-        for _ in range(num_res_blocks):
-            self.res.append(ResnetBlock(in_ch, out_ch, groups))
-            in_ch = out_ch
-        for _ in range(num_res_blocks):
+        for i in range(num_res_blocks):
+            self.res.append(ResnetBlock(out_ch if i else in_ch, out_ch, groups))
             self.attn.append(AttnBlock(out_ch, groups) if attend else nn.Identity())
 
     def forward(self, x):
@@ -301,5 +299,5 @@ def load_lpips(vgg_state_dict, linear_state_dict):
     # ImageNet's mean and deviation, for pixels in [-1, 1]; a slice ends with the last ReLU before a pooling.
     normalize = Normalize([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
     slices = [nn.Sequential(normalize, layers[:4]), layers[4:9], layers[9:16], layers[16:23], layers[23:]]
-    widths = (64, 128, 256, 512, 512)
-    return LPIPS(slices, [linear_state_dict[f"lin{i}.model.1.weight"].float().view(n) for i, n in enumerate(widths)])
+    weights = [linear_state_dict[f"lin{i}.model.1.weight"] for i in range(5)]
+    return LPIPS(slices, [weight.float().view(n) for weight, n in zip(weights, (64, 128, 256, 512, 512))])

@@ -24,8 +24,10 @@ import policy as policies
 import train
 from experiments.curves import run_script, script_parser
 from files.disk import expect
+from files.log import print_table
 from metrics import CLIPScore
 from policy import GPTConfig, Policy, Sampling, decode_n_tokens, generate
+from public.sample import make_autocast
 from rankee import Models, rollout, update_decoder, update_policy
 from vq import VQConfig, VQModel, load_lpips, patch_discriminator
 
@@ -77,7 +79,7 @@ def bench_sampling(model, batches, cfg):
     """Prints how fast images are sampled, the reading of the captions included."""
     config, device, rows = MODELS[model], cfg.device, []
     n = config.grid_size**2 if device == "cuda" else 64
-    with torch.device(device), train.make_autocast(cfg):
+    with torch.device(device), make_autocast(cfg):
         policy = Policy(config)
         dtype = policy.new_kv_cache(1, 1).dtype
     weights = sum(weight.numel() for part in (policy.layers, policy.output) for weight in part.parameters())
@@ -86,7 +88,7 @@ def bench_sampling(model, batches, cfg):
 
     def draw(B, cfg_scale, n):
         cond, cond_mask = random_captions(config, B, device)
-        with train.make_autocast(cfg):
+        with make_autocast(cfg):
             generate(policy, cond, cond_mask, torch.rand(B, 1, n, device=device), Sampling(cfg_scale, 1.0, TOP_K))
 
     graphs = [False, True] if device == "cuda" else [False]
@@ -100,7 +102,7 @@ def bench_sampling(model, batches, cfg):
         read = (weights + cached) * dtype.itemsize / step
         row = ["yes" if graph else "no", B, cfg_scale, B / step, 1e3 * step, read / 1e9, f"{read / bandwidth:.0%}"]
         rows.append(dict(zip(SAMPLING, [*row, peak])))
-    train.print_table(rows)
+    print_table(rows)
 
 
 # ---- a training step -------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def random_models(model, cfg):
 
     networks = {"scorer": scorer, "lpips": lpips, "discriminator": discriminator}
     world = SimpleNamespace(policy=policy, vq=vq, text_encoder=text_encoder, **networks)
-    return Models(world, train.make_autocast(cfg), cfg)
+    return Models(world, make_autocast(cfg), cfg)
 
 
 def bench_step(model, cfg):
@@ -145,7 +147,7 @@ def bench_step(model, cfg):
         for part, function in parts.items():
             seconds, peak = measure(function, cfg.device)
             rows.append({"step": step - cfg.disc_start, "part": part, "seconds": seconds, "peak GB": peak})
-    train.print_table(rows)
+    print_table(rows)
 
 
 def bench(args, options):

@@ -29,7 +29,9 @@ import numpy as np
 import train
 from experiments.curves import run_script, save_figure, script_parser
 from files.disk import atomic_save, expect, make_folder
+from files.log import print_table
 from files.weights import read_checkpoint
+from public.sample import Watched
 from scenes import world
 
 # Key: the options that make it of RankE. The order is that of tables and legends, nothing else.
@@ -102,7 +104,7 @@ def swap(configs):
     policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].trains_policy}
     decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].trains_decoder}
 
-    watched = train.Watched(base, cfg)  # what the runs were measured on
+    watched = Watched(base, cfg)  # what the runs were measured on
     for key, policy in policies.items():
         tokens, images = watched.draw(policy, decoders)
         for decoder, x in images.items():
@@ -122,7 +124,7 @@ def by_step(rows):
     return {row["step"]: row for row in sorted(rows, key=lambda row: row["decoder"] == "own")}
 
 
-def print_table(title, found, reference=None):
+def print_means(title, found, reference=None):
     """Means over the seeds; found: key -> a row for each seed. Less `reference`, such rows, within a seed."""
     lines = []
     for key, rows in found.items():
@@ -134,7 +136,7 @@ def print_table(title, found, reference=None):
             errors = values.std(0, ddof=1) / len(rows) ** 0.5
             cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors)]
         lines.append({title: key} | dict(zip(world.NUMBERS, cells)))
-    train.print_table(lines)
+    print_table(lines)
 
 
 def print_tables(own):
@@ -142,7 +144,7 @@ def print_tables(own):
     base = [rows[0] for rows in own["ranke"]]
     last = {"base": base} | {key: [rows[max(rows)] for rows in own[key]] for key in own}
     for title, reference in ((f"{len(base)} seeds", None), ("minus base", base), ("minus rl", last["rl"])):
-        print_table(title, last, reference)
+        print_means(title, last, reference)
     print(f"\nstep {max(own['ranke'][0])}; clip is x 100, frechet_middle x 1000; ± is a mean's standard error")
 
 
@@ -162,7 +164,7 @@ def print_swap(rows):
         found = [row for row in rows if (row["policy"], row["decoder"]) == (policy, decoder)]
         distance, clip = (np.mean([row[name] for row in found]) for name in ("frechet", "clip"))
         lines.setdefault(policy, {"policy": policy})[decoder] = f"{distance:.2f} ({clip:.1f})"
-    train.print_table(list(lines.values()))
+    print_table(list(lines.values()))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

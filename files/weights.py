@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from files.disk import InputError, atomic_save, expect, reading
+from files.options import option_name
 
 
 def download(source):
@@ -131,4 +132,18 @@ def run_settings(ckpt):
         print(
             f"--ckpt {ckpt}: {path.name} with {vq.name if 'vq' in settings else 'its own decoder'}, settings of {run}"
         )
+    return settings
+
+
+def saved_settings(out, given, fields):
+    """The settings of the run in `out`, by the names of `fields`; says which of them are `given` otherwise."""
+    file = Path(out, "ckpt.pt")
+    expect(file.exists(), f"--resume: there is no run in {out} (no ckpt.pt); name its folder with --out")
+    settings = read_checkpoint(file).get("config", {})
+    expect(
+        settings.keys() == fields, f"{file}: not a run, or one of another version; go on with that one, or begin anew"
+    )
+    for name, value in given.items():
+        if value != settings[name] and name != "resume":
+            print(f"{option_name(name)}: {settings[name]} -> {value}")
     return settings

@@ -1,4 +1,4 @@
-"""--sample: images of captions, in GenEval's layout, for other programs to score."""
+"""Images of captions: those that a run watches, and --sample's, in GenEval's layout for other programs to score."""
 
 import json
 import os
@@ -13,7 +13,46 @@ from tqdm import tqdm
 from files.disk import atomic_save, expect, make_folder
 from files.images import to_pil
 from public.data import read_prompts
-from rankee import random_stream, sample_images, uniform
+from rankee import in_batches, random_stream, sample_tokens, uniform
+
+
+def make_autocast(cfg):
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cfg.device == "cuda")
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=bf16)
+
+
+@torch.no_grad()
+def sample_images(policy, decoders, text_encoder, captions, u, cfg):
+    """Draws n captions from u (n, N) as rollouts are: tokens (n, N), their log-probabilities (n, N), and a list
+    of each decoder's images (n, 3, H, W).
+    """
+    cond, cond_mask = text_encoder(captions)
+    with make_autocast(cfg):
+        tokens, logprobs = sample_tokens(policy, cond, cond_mask, u[:, None], cfg)  # (n, 1, N)
+    tokens, logprobs = tokens[:, 0], logprobs[:, 0]
+    return tokens, logprobs, [in_batches(vq.decode, tokens, size=cfg.micro_batch_size) for vq in decoders]
+
+
+class Watched:
+    """A world's captions, drawn from the same numbers before, during and after a run."""
+
+    def __init__(self, world, cfg):
+        self.world, self.cfg = world, cfg
+        N = world.policy.config.grid_size**2
+        self.u = uniform(random_stream(cfg.seed, "watched"), len(world.captions), N).to(cfg.device)
+
+    def draw(self, policy, decoders, n=None):
+        """Tokens (n, N) of the first n captions, and their images (n, 3, H, W) by each of the named decoders."""
+        captions, u = self.world.captions[:n], self.u[:n]
+        drawn = sample_images(policy, decoders.values(), self.world.text_encoder, captions, u, self.cfg)
+        tokens, _, images = drawn
+        return tokens, dict(zip(decoders, images))
+
+    def measure(self, policy, decoders, method, step):
+        """The world's numbers of all captions' images, a row a decoder."""
+        tokens, images = self.draw(policy, decoders)
+        where = {"method": method, "decoder": "", "step": step}
+        return [where | {"decoder": name} | self.world.evaluate(tokens, x) for name, x in images.items()]
 
 
 def drawing_settings(policy, vq, cfg):

@@ -38,7 +38,7 @@ def public_files(cfg):
     """Where the files that a run needs are published, by option; "" for a --ckpt that is not."""
     module, defaults = backbone(cfg.ckpt), type(cfg)
     found = {"ckpt": module.public_name(cfg.ckpt)} | {option: getattr(defaults, option) for option in module.FILES}
-    if cfg.draws_rollouts and not cfg.sample:
+    if cfg.method != "sft" and not cfg.sample:
         found["reward_weights"] = REWARDS[cfg.reward][1]
     if cfg.trains_decoder and not cfg.sample:
         found |= {"vgg": defaults.vgg, "lpips": defaults.lpips}
@@ -106,7 +106,7 @@ def load_world(cfg):
     dataset = CaptionedImages(pairs, cfg.image_size)
     policy, vq, text_encoder = load_pretrained(cfg)
     lpips = load(cfg.vgg, load_lpips, load_state_dict(cfg.lpips)).to(cfg.device) if cfg.trains_decoder else None
-    scorer = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device) if cfg.draws_rollouts else None
+    scorer = open_clip_score(REWARDS[cfg.reward][0], cfg.reward_weights).to(cfg.device) if cfg.method != "sft" else None
     watched = [dataset[i % len(dataset)] for i in range(8)]
     return World(
         policy=policy,
