@@ -386,9 +386,14 @@ def load_llamagen(state_dict, grid_size, head_dim=None):
     `head_dim` defaults to that of LlamaGen's model of this width. Raises InputError if it does not divide it,
     KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus, misshapen ones.
     """
-    state_dict = {name: x for name, x in state_dict.items() if name != "freqs_cis"}  # in older files
+    state_dict = dict(state_dict)
+    table = state_dict.pop("freqs_cis", torch.empty(0))  # in older files: (T + N, head_dim / 2, 2)
     vocab_size, dim = state_dict["tok_embeddings.weight"].shape
     cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
+    fits = table.dim() != 3 or len(table) == cls_token_num + grid_size**2
+    expect(
+        fits, f"its freqs_cis is for {len(table) - cls_token_num} tokens an image, not {grid_size}²: see --image-size"
+    )
     head_dim = head_dim or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
     expect(dim % head_dim == 0 and head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
     config = GPTConfig(

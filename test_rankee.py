@@ -565,7 +565,7 @@ def test_samples_have_genevals_layout_and_stay(tmp_path):
 def wrong():
     """A folder of files that cannot be used."""
     folder, policy, pointer = F / "wrong", load_state_dict(CKPT), b"version https://git-lfs.github.com/spec/v1"
-    for name in ("t5-lacks", "t5-lfs", "janus-rotary"):
+    for name in ("t5-lacks", "t5-lfs", "janus-rotary", "janus-384"):
         shutil.copytree(T5 if name.startswith("t5") else F / "janus", folder / name)
     shutil.copytree(T5, folder / "t5-mute", ignore=shutil.ignore_patterns("*token*"))
     lacks = {name: x for name, x in load_state_dict(T5).items() if name != "encoder.final_layer_norm.weight"}
@@ -580,6 +580,7 @@ def wrong():
         "nan.safetensors": safetensors.torch.save(policy | {"norm.weight": math.nan * policy["norm.weight"]}),
         "t5-lacks/model.safetensors": safetensors.torch.save(lacks, {"format": "pt"}),
         "t5-lfs/model.safetensors": pointer,
+        "janus-384/config.json": b'{"vision_config": {"params": {"image_size": 384}}}',
         "janus-rotary/config.json": b'{"language_config": {"num_attention_heads": 4, "rope_theta": 5e5}}',
         "bad.json": b"[1, 2]",
         "damaged/0.png": pointer,
@@ -631,6 +632,8 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "is text: a Git-LFS pointer or a web page": "draw --ckpt lfs.pt | draw --t5 t5-lfs | run --reward-weights lfs.pt",
     "lacks the weights": "draw --t5 t5-lacks",
     "holds weights that are not finite": "draw --ckpt nan.safetensors",
+    "is for 4 tokens an image, not 4²": "draw --image-size 64",
+    "config.json says 384": "draw --ckpt janus-384",
     "has 60 codes": "draw --ckpt codes.safetensors",
     "48 wide; the policy takes 40": "draw --ckpt narrow.safetensors",
     "expected what load_vq reads": f"draw --vq {CKPT} | metrics token-kl ../pairs ../pairs --vq {CKPT}",

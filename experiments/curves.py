@@ -1,6 +1,6 @@
 """The logs of runs, drawn over each other: what one looks at while a run goes on, and after an ablation.
 
-    python -m experiments.curves runs/scenes runs/rl --out curves.png
+    python -m experiments.curves runs/scenes runs/rl
 
 A panel for each thing that is logged, a colour a run; thin is the log, thick its running mean. Where a run's
 numbers were not finite there is a gap. What its neighbours need of figures and command lines is here too.
@@ -67,13 +67,15 @@ def curves(args, _):
         with reading(f"{run}/log.jsonl", "the log of a run", errors=(OSError, ValueError)):
             logs[run] = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
         expect(logs[run], f"{run}/log.jsonl: holds no step yet")
-    save_figure(args.out, (16, 12), draw_curves, logs)
+    out = args.out or Path(args.runs[0], "curves.png")
+    save_figure(out, (16, 12), draw_curves, logs)
+    print(out)
 
 
 def main():
     parser = script_parser("curves.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
+    parser.add_argument("--out", help="the picture [curves.png in the first run's folder]")
     run_script(parser, curves)
 
 

@@ -205,6 +205,8 @@ def load_pretrained(cfg):
     vq, text_encoder = load(cfg.ckpt, load_vq), JanusTokenizer(cfg.ckpt, cfg.device)
     with reading(f"{cfg.ckpt}/config.json", "Janus-Pro's"):
         config = json.loads(Path(cfg.ckpt, "config.json").read_text("utf-8-sig"))
+    size = config.get("vision_config", {}).get("params", {}).get("image_size", cfg.image_size)
+    expect(size == cfg.image_size, f"--image-size {cfg.image_size}: {cfg.ckpt}/config.json says {size}")
     policy = load(cfg.ckpt, load_janus, config, text_encoder.pad_id, vq.config.grid_size(cfg.image_size))
     V, codebook_size = policy.config.vocab_size, vq.config.codebook_size
     expect(V == codebook_size, f"--ckpt {cfg.ckpt} has {V} codes, its tokenizer {codebook_size}")
