@@ -73,12 +73,12 @@ def preprocess(images, mode):
     x = torch.tensor(images).permute(0, 3, 1, 2).float()
     if mode == "pytorch-fid":
         return F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
-    # PIL's bicubic of float channels, as in clean-fid; of whole images PIL would round between its two passes.
+    # What PIL's bicubic does to float channels, as in clean-fid; of whole images PIL would round between its two passes.
     return (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
 
 
 def feature_statistics(batches):
-    """Mean (F,), covariance (F, F), both float64 arrays, and number of features that come as batches (b, F).
+    """Of features that come as batches (b, F): mean (F,) and covariance (F, F), float64 arrays, and their number.
 
     Memory does not grow with them. Raises InputError for fewer than two.
     """
@@ -187,7 +187,7 @@ def fid_transform(image, mode, image_size):
 
 
 def compute_statistics(folder, images, line, network, args):
-    """The same, computed from the images and the line that `list_images` gave for a folder."""
+    """mu, sigma and a line on where they come from: of `images`, which `list_images` gave for `folder` with `line`."""
     batches = image_batches(images, partial(fid_transform, mode=args.preprocess, image_size=args.image_size))
     mu, sigma, n = feature_statistics(network(x.to(DEVICE)) for _, x in batches)
     expect(np.isfinite(mu.sum() + sigma.sum()), f"Inception's features of {folder}: not finite")
@@ -283,7 +283,7 @@ def print_token_kl(args):
 
 
 def print_floor(a, b, size):
-    """The KL of real from real: of n of B's files from its others; and A's at the same counts, on which a KL depends.
+    """The floor: KL of n of B's files from B's others; and of n of A's from the same, since a KL depends on counts.
 
     a, b: tokens, a tensor a file. Files are taken at random with a fixed seed; n is as many as A has, or half of B's.
     """
@@ -311,10 +311,15 @@ def main(argv=None):
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("a")
     parser.add_argument("b", nargs="?", help="the other side, or the file to write; clip takes none")
-    parser.add_argument("--preprocess", choices=("clean", "pytorch-fid"), default="clean", help="[clean]")
+    parser.add_argument(
+        "--preprocess",
+        choices=("clean", "pytorch-fid"),
+        default="clean",
+        help="how fid and statistics prepare images [clean]",
+    )
     parser.add_argument("--image-size", type=int, default=0, help="crop and resize images to this; 0: as they are [0]")
     parser.add_argument("--inception", help="file of Inception's weights [fetched]")
-    parser.add_argument("--model", default="ViT-B-32-quickgelu", help="of open_clip [%(default)s]")
+    parser.add_argument("--model", default="ViT-B-32-quickgelu", help="clip's: a name of open_clip's [%(default)s]")
     parser.add_argument("--pretrained", default="openai", help="its weights: a tag, fetched, or a file [%(default)s]")
     parser.add_argument("--prefix", default="A photo depicts ", help="said before each caption [%(default)r]")
     parser.add_argument("--vq", help="tokenizer that encodes the images of a folder without .npy files")

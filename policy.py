@@ -127,7 +127,7 @@ class CaptionEmbedder(nn.Module):
         self.cap_proj = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
     def unconditional(self, cond, cond_mask):
-        """What stands for "no caption" in the place of these captions (B, T, C)."""
+        """What stands for "no caption" in the place of these (B, T, C), padded left; Janus' needs `cond_mask` too."""
         return self.uncond_embedding[-cond.shape[1] :].expand_as(cond)
 
     def forward(self, cond, cond_mask, use_cfg):
@@ -196,7 +196,7 @@ class Policy(nn.Module):
         """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
         config, device = self.config, self.norm.weight.device
         shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
-        # Zeros: a recorded step reads past what is filled, and leftover NaN would pass through its mask.
+        # Zeros: a step recorded as a CUDA graph (below) reads past what is filled, and leftover NaN would pass through its mask.
         return torch.zeros(shape, device=device, dtype=compute_dtype(device))
 
 
@@ -280,24 +280,24 @@ def generate(policy, cond, cond_mask, u, sampling=Sampling()):
 
     tokens = torch.empty(B * G, N, dtype=torch.long, device=u.device)
     logprobs = torch.empty(B * G, N, device=u.device)
-    n = torch.zeros(1, dtype=torch.long, device=u.device)  # on the device, where a recorded step reads it
+    drawn = torch.zeros(1, dtype=torch.long, device=u.device)  # so far; on the device, where a recorded step reads it
 
     def sample_next():
-        """Draws token n of every row from `h` and stores it; returns it as (R, 1)."""
+        """Draws the next token of every row from `h` and stores it; returns it as (R, 1)."""
         next_logprobs = logits_to_logprobs(policy.logits(h[:, 0]), sampling)  # (R, V)
-        token = sample_token(next_logprobs, u.index_select(1, n)[:, 0])[:, None]
-        tokens.index_copy_(1, n, token)
-        logprobs.index_copy_(1, n, next_logprobs.gather(1, token))
+        token = sample_token(next_logprobs, u.index_select(1, drawn)[:, 0])[:, None]
+        tokens.index_copy_(1, drawn, token)
+        logprobs.index_copy_(1, drawn, next_logprobs.gather(1, token))
         return token
 
     def decode_one_token(kv_len):
-        """Draws token n and reads it, looking at the first `kv_len` positions; never waits for the device."""
+        """Draws the next token and reads it, looking at the first `kv_len` positions; never waits for the device."""
         x = policy.tok_embeddings(sample_next())
         x = torch.cat([x, x]) if use_cfg else x  # (R or 2R, 1, dim)
-        input_pos = T + n
+        input_pos = T + drawn
         row_mask = mask.index_select(2, input_pos)[..., :kv_len]
         h.copy_(policy.transformer(x, freqs_cis.index_select(1, input_pos), row_mask, kv_cache, input_pos))
-        n.add_(1)
+        drawn.add_(1)
 
     decode_n_tokens(decode_one_token, T, N - 1, use_cuda_graph=u.is_cuda)
     sample_next()
@@ -315,18 +315,18 @@ def decode_n_tokens(decode_one_token, prefix_len, n, use_cuda_graph, bucket=128)
         bucket_end = prefix_len + min(n, i - i % bucket + bucket)
         if not use_cuda_graph:
             decode_one_token(prefix_len + i + 1)
-        elif i % bucket == 0:  # loads kernels, makes workspaces and casts: a recording cannot
-            decode_one_token(bucket_end)
+        elif i % bucket == 0:
+            decode_one_token(bucket_end)  # draws, and loads kernels and makes workspaces: a recording cannot
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may go on
-                decode_one_token(bucket_end)
+                decode_one_token(bucket_end)  # recorded, not run
         else:
             graph.replay()
 
 
 def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpointing=False, chunk=64):
-    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass, and the entropy (R, N), in
-    nats, of the distribution that each was drawn from.
+    """Log-probabilities (R, N) of given tokens (R, N) in one teacher-forced pass, and the entropies (R, N), in nats,
+    of the distributions they are scored in.
 
     cond is (R, T, C) or (R, T), cond_mask (R, T). The default scores the unguided policy, as the paper does
     although it samples with guidance. Logits exist for `chunk` tokens at a time: (R, N, V) floats are 67 MB a
@@ -340,8 +340,7 @@ def score_tokens(policy, cond, cond_mask, tokens, sampling=Sampling(), checkpoin
         return next_logprobs.gather(2, tokens[..., None])[..., 0], entropy
 
     chunks = zip(h.split(chunk, 1), tokens.split(chunk, 1))
-    scores = [maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks]
-    logprobs, entropies = zip(*scores)
+    logprobs, entropies = zip(*(maybe_checkpoint(score, *piece, enabled=checkpointing) for piece in chunks))
     return torch.cat(logprobs, 1), torch.cat(entropies, 1)
 
 
@@ -358,20 +357,17 @@ def token_logprobs(policy, cond, cond_mask, tokens, *args, **options):
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 # A text encoder is a callable: B captions → cond (B, T, C) or input_ids (B, T), and cond_mask (B, T), true
-# where text is; both left-padded to the longest of the captions and on the policy's device.
+# where text is; left-padded to the longest of the captions (T5's with --padding right: right, to T), on the device.
 
 
 def left_pad(rows, length):
     """Stacks captions' features (n, C) or words (n,) into (B, T, …) and a mask (B, T), true where text is.
 
-    LlamaGen saw its captions in the *last* n positions; padded on the right it reads a different sentence.
-    Raises ValueError unless 0 < n ≤ `length` = T.
+    `length` = T is the longest caption's.
     """
     padded, masks = [], []
     for row in rows:
         missing = length - len(row)
-        if not 0 <= missing < length:
-            raise ValueError(f"a caption has {len(row)} text features; the policy takes 1 to {length}")
         padded.append(torch.cat([row.new_zeros(missing, *row.shape[1:]), row]))
         masks.append(torch.arange(length, device=row.device) >= missing)
     return torch.stack(padded), torch.stack(masks)
@@ -383,17 +379,16 @@ def left_pad(rows, length):
 def load_llamagen(state_dict, grid_size, head_dim=None):
     """A policy for images of `grid_size`² tokens from LlamaGen's state dict; other sizes are in the shapes.
 
-    `head_dim` defaults to that of LlamaGen's model of this width. Raises InputError if it does not divide it,
-    KeyError for a missing entry, RuntimeError (PyTorch's, naming each) for missing, surplus, misshapen ones.
+    `head_dim` defaults to that of LlamaGen's model of this width. Raises InputError for a width that is no
+    multiple of it and for a freqs_cis of another grid, KeyError for a missing entry, RuntimeError (PyTorch's,
+    naming each) for missing, surplus or misshapen ones.
     """
     state_dict = dict(state_dict)
     table = state_dict.pop("freqs_cis", torch.empty(0))  # in older files: (T + N, head_dim / 2, 2)
     vocab_size, dim = state_dict["tok_embeddings.weight"].shape
     cls_token_num, caption_dim = state_dict["cls_embedding.uncond_embedding"].shape
     fits = table.dim() != 3 or len(table) == cls_token_num + grid_size**2
-    expect(
-        fits, f"its freqs_cis is for {len(table) - cls_token_num} tokens an image, not {grid_size}²: see --image-size"
-    )
+    expect(fits, f"its freqs_cis has {len(table)} positions, not {cls_token_num} + {grid_size}²: see --image-size")
     head_dim = head_dim or {3200: 100, 4096: 128}.get(dim, 64)  # LlamaGen's 3B and 7B; all others 64
     expect(dim % head_dim == 0 and head_dim % 4 == 0, f"a width of {dim} does not divide into heads of {head_dim}")
     config = GPTConfig(

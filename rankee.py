@@ -18,7 +18,8 @@ Departures from the authors' scripts (all of them, with lines: experiments/READM
 - The discriminator's fakes are rollouts, not reconstructions (`disc_fakes`). It has GroupNorm (vq.py) and learns from
   the first step; `disc_start` delays its loss' way to the decoder.
 - Captions are left-padded in training as in sampling, and one causal mask serves both (policy.py).
-- The rates are those that their scripts name; their code runs at 1e-6 and 1e-5. Every gradient is averaged.
+- The rates are those that their scripts name; their code runs at 1e-6 and 1e-5. Every network's gradient is averaged
+  over processes; theirs leaves out LlamaGen's decoder.
 - HPSv2's gradient reaches the decoder; theirs ends at a PIL image. Stage 2 and the logits are in float32.
 - Two teacher-forced passes a step, not three: with one update a step π_old is π_θ before it, detached.
 
@@ -44,7 +45,7 @@ from policy import Sampling, drop_captions, generate, score_tokens
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the authors' for LlamaGen-XL, except `rank_k` and `ref_policy` (see above)."""
+    """Defaults are the authors' for LlamaGen-XL, except `rank_k`, `ref_policy` and `disc_fakes` (docstring above)."""
 
     method: Annotated[
         Literal["ranke", "rl", "decoder", "sft"], "RankE, no stage 2 (standard RL), stage 2 alone, or fine-tuning"
@@ -55,9 +56,7 @@ class Config:
     rollout_batch_size: Annotated[int, "rollouts sampled at once, whole captions; changes memory, not the samples"] = 32
     micro_batch_size: Annotated[int, "rollouts in a pass with gradients; changes memory, and adaptive GAN weights"] = 4
     gradient_checkpointing: Annotated[bool, "keep only the policy's layer inputs for the backward pass"] = True
-    max_grad_norm: Annotated[
-        float, "largest gradient norm of policy and of decoder; the discriminator's is not clipped"
-    ] = 1.0
+    max_grad_norm: Annotated[float, "largest gradient norm of policy and decoder; the discriminator's is free"] = 1.0
     weight_decay: Annotated[float, "AdamW's, for all three networks"] = 0.01
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5
@@ -65,22 +64,20 @@ class Config:
     clip_eps: Annotated[float, "ε, clip range of π_θ / π_old; never acts with one update a step"] = 0.2
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
-    cfg_logprobs: Annotated[bool, "score as sampled, with guidance and temperature, not without (published)"] = False
+    cfg_logprobs: Annotated[bool, "score with guidance and temperature, as sampled; published: without"] = False
     caption_dropout: Annotated[float, "share of captions left out in --method sft, for guidance"] = 0.1
     # Stage 2
     decoder_lr: Annotated[float, "learning rate of D_φ and the post-quantization convolution"] = 5e-5
     disc_lr: Annotated[float, "learning rate of the discriminator"] = 2e-5
     gan_beta2: Annotated[float, "AdamW's β₂ for decoder and discriminator"] = 0.999
     rank_k: Annotated[int, "K, best rollouts of a caption that stage 2 trains on; 0 is all G"] = 0
-    rank_zscore: Annotated[bool, "rank by rewards standardized within the group, not by raw ones (paper)"] = False
+    rank_zscore: Annotated[bool, "rank by rewards standardized within the group; paper: by raw ones"] = False
     tau_start: Annotated[float, "τ of the rank weights at the first step"] = 4.0
     tau_end: Annotated[float, "τ after --tau-steps"] = 1.0
     tau_steps: Annotated[int, "steps over which τ falls; 0 is a fifth of --max-steps"] = 0
     gan: Annotated[Literal["rank", "uniform"], "Rank-GAN, or its ablation with w = 1"] = "rank"
     disc_fakes: Annotated[Literal["rollouts", "reconstructions"], "what the discriminator sees as fake"] = "rollouts"
-    disc_start: Annotated[
-        int, "step from which the discriminator's loss reaches the decoder; it learns from the first"
-    ] = 100
+    disc_start: Annotated[int, "step from which the discriminator reaches the decoder; it learns from the first"] = 100
     disc_weight: Annotated[float, "weight of the discriminator in both GAN terms; 0 leaves it out"] = 0.5
     lambda_d: Annotated[float, "λ_d, reward back-propagated through the decoder"] = 0.01
     lambda_g: Annotated[float, "λ_g, Rank-GAN"] = 1.0
@@ -162,14 +159,14 @@ def hinge_d_loss(logits_real, logits_fake):
 
 
 def hinge_g_loss(logits_fake, weights=1.0):
-    """−mean(w disc(D(z))): what the decoder minimizes; logits (B, 1, h, w), weights (B,) or 1."""
+    """−mean(w disc(D(z))): what the decoder minimizes; logits (R, 1, h, w), weights (R,) or 1."""
     return -(weights * logits_fake.mean((1, 2, 3))).mean()
 
 
 def adaptive_weight(recon_loss, gan_loss, last_layer):
     """VQ-GAN's ‖∇ recon_loss‖ / ‖∇ gan_loss‖ at the last layer, at most 1e4.
 
-    Times the GAN loss, both losses have gradients of one size.
+    Multiplied by it, the GAN loss pulls there as hard as the reconstruction loss.
     """
     recon_grad = torch.autograd.grad(recon_loss, last_layer, retain_graph=True)[0]
     gan_grad = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
@@ -263,10 +260,8 @@ class Rollouts:
 
 def in_batches(function, *tensors, size):
     """`function` over `size` rows at a time, its results concatenated; for passes without a gradient."""
-    results = []
-    for i in range(0, len(tensors[0]), size):
-        results.append(function(*(x[i : i + size] for x in tensors)))
-    return torch.cat(results)
+    pieces = zip(*(x.split(size) for x in tensors))
+    return torch.cat([function(*piece) for piece in pieces])
 
 
 def add_to_logs(logs, share, **values):
@@ -295,12 +290,8 @@ def optimizer_step(optimizer, max_grad_norm):
 def sample_tokens(policy, cond, cond_mask, u, cfg):
     """`generate`, `rollout_batch_size` rows at a time; u, tokens and log-probabilities are (B, G, N) each."""
     size = max(1, cfg.rollout_batch_size // u.shape[1])  # whole captions
-    tokens, logprobs = [], []
-    for i in range(0, len(u), size):
-        rows = slice(i, i + size)
-        drawn = generate(policy, cond[rows], cond_mask[rows], u[rows], cfg.sampling)
-        tokens.append(drawn[0])
-        logprobs.append(drawn[1])
+    pieces = zip(cond.split(size), cond_mask.split(size), u.split(size))
+    tokens, logprobs = zip(*(generate(policy, *piece, cfg.sampling) for piece in pieces))
     return torch.cat(tokens), torch.cat(logprobs)
 
 
@@ -322,7 +313,7 @@ def rollout(models, captions, u, cfg):
 def finetune_policy(models, captions, images, u, cfg):
     """Supervised fine-tuning, the paper's second row: cross-entropy of π_θ on real images' codes.
 
-    `captions` B of `images` (B, 3, H, W); one is left out where u (B,) < caption_dropout. Returns what to log.
+    `captions`: one for each of `images` (B, 3, H, W), left out where u (B,) < caption_dropout. Returns what to log.
     """
     cond, cond_mask = models.text_encoder(captions)
     with torch.no_grad():
@@ -341,7 +332,7 @@ def finetune_policy(models, captions, images, u, cfg):
 
 
 def update_policy(models, rollouts, step, cfg):
-    """Stage 1: moves π_θ; nothing else changes. Returns what to log."""
+    """Stage 1: moves π_θ; nothing else changes. `step` is for an edit's schedules. Returns what to log."""
     advantages = group_advantages(rollouts.rewards).view(-1, 1)  # (R, 1)
     # Top-k is never scored: a code outside of the reference's top k would have an infinite KL.
     scoring = Sampling(cfg.cfg_scale, cfg.temperature) if cfg.cfg_logprobs else Sampling()
@@ -371,13 +362,13 @@ def update_policy(models, rollouts, step, cfg):
 
 
 def update_discriminator(models, rollouts, images, cfg):
-    """Trains the discriminator on real images (B', 3, H, W) against decoded ones. Returns what to log."""
+    """Trains the discriminator: real images (B', 3, H, W) against what D_φ, not its EMA, decodes. Returns what to log."""
     with torch.no_grad():
         if cfg.disc_fakes == "rollouts":
             fakes = in_batches(models.vq.decode, rollouts.tokens, size=cfg.micro_batch_size).clamp(-1, 1)
         else:
             codes = in_batches(models.vq.encode, images, size=cfg.micro_batch_size)
-            fakes = in_batches(models.vq.decode, codes, size=cfg.micro_batch_size)
+            fakes = in_batches(models.vq.decode, codes, size=cfg.micro_batch_size)  # not clamped, as theirs
     loss = hinge_d_loss(models.discriminator(images), models.discriminator(fakes))
     loss.backward()
     norm = optimizer_step(models.disc_optimizer, math.inf)
@@ -398,8 +389,8 @@ def update_decoder(models, rollouts, images, step, cfg):
     models.discriminator.requires_grad_(False)
 
     if cfg.lambda_d or use_gan or cfg.lambda_c:
-        for n in torch.arange(len(kept), device=kept.device).split(cfg.micro_batch_size):
-            i, w, losses = kept[n], weights[n], {}
+        for part in torch.arange(len(kept), device=kept.device).split(cfg.micro_batch_size):
+            i, w, losses = kept[part], weights[part], {}
             decoded = models.vq.decode(rollouts.tokens[i]).clamp(-1, 1)  # D(z)
             if cfg.lambda_d:  # −mean(w r(D(z))): the reward, back-propagated through the decoder
                 losses["reward_loss"] = -cfg.lambda_d * (w * models.scorer(decoded, rollouts.text_emb[i])).mean()
@@ -439,7 +430,7 @@ def train_step(models, captions, images, u, step, cfg):
         rollouts = rollout(models, captions, u, cfg)
         shares = torch.bincount(rollouts.tokens.flatten()) / rollouts.tokens.numel()  # of each code
         logs = {"reward": rollouts.rewards.mean().item(), "reward_std": rollouts.rewards.std(1).mean().item()}
-        logs["token_entropy"] = torch.special.entr(shares).sum().item() / math.log(2)  # bits
+        logs["token_entropy"] = torch.special.entr(shares).sum().item() / math.log(2)  # bits; of few tokens
         if cfg.trains_policy:
             logs |= update_policy(models, rollouts, step, cfg)
     if cfg.trains_policy and (step + 1) % cfg.policy_ema_every == 0:

@@ -34,6 +34,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests fork, which CUDA does not survive: experiments/README.md
+
 import huggingface_hub
 import numpy as np
 import open_clip
@@ -632,7 +634,7 @@ REFUSED = {  # what is said: to which commands, in a folder of wrong files
     "is text: a Git-LFS pointer or a web page": "draw --ckpt lfs.pt | draw --t5 t5-lfs | run --reward-weights lfs.pt",
     "lacks the weights": "draw --t5 t5-lacks",
     "holds weights that are not finite": "draw --ckpt nan.safetensors",
-    "is for 4 tokens an image, not 4²": "draw --image-size 64",
+    "its freqs_cis has 16 positions, not 12 + 4²": "draw --image-size 64",
     "config.json says 384": "draw --ckpt janus-384",
     "has 60 codes": "draw --ckpt codes.safetensors",
     "48 wide; the policy takes 40": "draw --ckpt narrow.safetensors",

@@ -1,23 +1,24 @@
-"""Post-training with RankE: settings, the loop, checkpoints, --sample.
+"""Post-training with RankE: settings, the loop, checkpoints.
 
-    python train.py                        the whole job on the embedded world,
-                                           minutes on a CPU
-    python train.py --method rl --out runs/rl          standard RL, no stage 2
-    python train.py --ckpt llamagen_xl.pt              LlamaGen-XL; what is not
-                                           here is fetched once
-    python train.py --ckpt deepseek-ai/Janus-Pro-1B    the other public policy
+    python train.py                          the embedded world: minutes on a CPU
+    python train.py --method rl --out runs/rl            standard RL: no stage 2
+    python train.py --ckpt llamagen_xl.pt    what is missing is fetched once
+    python train.py --ckpt deepseek-ai/Janus-Pro-1B
     python train.py --ckpt RUN --sample "a red bus" --out DIR
-                                           images, in GenEval's layout
-    python train.py --resume --out DIR     go on where a run was stopped
-    torchrun --nproc_per_node=8 train.py …             on several GPUs
+    python train.py --resume --out DIR       goes on where a run was stopped
+    torchrun --nproc_per_node=8 train.py …   on several GPUs
 
 Every option of the method is a field of rankee.Config, whose defaults are the
-authors' for LlamaGen; each world's preset holds what differs. A run leaves in
---out: ckpt.pt, one dict of settings, step, weights and optimizers; log.jsonl,
-a line a step; preview-….png; what was trained as policy.pt and vq.pt, their
-EMAs as policy_ema.pt and vq_ema.pt, in LlamaGen's layout, or as two folders in
-Janus-Pro's; discriminator.pt; on the embedded world results.json. No random
-state: what a step draws is a function of seed, step and process.
+authors' for LlamaGen but for three; each world's preset holds what differs. In
+brackets stands the default, and after "scenes" the embedded world's, which runs
+where neither --ckpt nor --data is given.
+
+A run leaves in --out: ckpt.pt, one dict of settings, step, weights and
+optimizers; log.jsonl, a line a step; preview-….png; what was trained as
+policy.pt and vq.pt, their EMAs as policy_ema.pt and vq_ema.pt, in LlamaGen's
+layout, or as two folders in Janus-Pro's; discriminator.pt; on the embedded
+world results.json, measured through vq_ema. ckpt.pt has no random state: what
+a step draws follows from seed, step and process.
 """
 
 import contextlib
@@ -39,15 +40,15 @@ import scenes
 from files import options
 from files.disk import InputError, atomic_save, expect, make_folder, reading, tolerant_output
 from files.images import save_preview
-from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
 from files.log import log_step, print_table, read_log
+from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
 from files.weights import read_checkpoint, run_settings, saved_settings
 from public.sample import Watched, make_autocast, sample
 from rankee import Config, Models, random_stream, train_step, uniform
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
-LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +56,22 @@ class TrainConfig(Config):
     """The method's settings and a run's. Networks are public files by default (`files.weights.download`)."""
 
     # Sampling, with `Config`'s
-    padding: Annotated[
-        Literal["left", "right"], "side of LlamaGen's captions; the authors' runs and COCO images: right"
-    ] = "left"
+    padding: Annotated[Literal["left", "right"], "padded side of LlamaGen's captions; published: right"] = "left"
     sample: Annotated[list[str], "draw these captions, or a file's: .txt, .csv, GenEval's .jsonl, COCO's .json"] = ()
     num_images: Annotated[int, "how many captions of --sample's file; 0 is all"] = 0
     per_prompt: Annotated[int, "images a caption of --sample"] = 1
     # Files
     ckpt: Annotated[str, "policy: LlamaGen's file, Janus-Pro's folder, a run, or a public name"] = "llamagen_xl.pt"
     vq: Annotated[str, "VQ tokenizer; Janus-Pro has its own"] = "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
-    image_size: Annotated[int, "pixels a side; over the tokenizer's factor: the token grid"] = 256
-    data: Annotated[str, "images with .txt, tars of these, COCO's .json; or: scenes"] = ""
+    image_size: Annotated[int, "pixels a side; divided by the tokenizer's factor: the token grid's side"] = 256
+    data: Annotated[str, "images with .txt, tars of these, COCO's .json, or scenes; none: BLIP3o-60k, fetched"] = ""
     t5: Annotated[str, "LlamaGen's text encoder"] = "google/flan-t5-xl"
     t5_device: Annotated[Literal["", "cpu", "cuda"], "where the text encoder is, if not on --device"] = ""
     reward: Annotated[Literal["clip", "hpsv2"], "the scorer: CLIP ViT-L/14 or HPSv2.1"] = "clip"
     reward_weights: Annotated[str, "the scorer's file, if not the published one"] = ""
     vgg: Annotated[str, "VGG16, for LPIPS"] = "https://download.pytorch.org/models/vgg16-397923af.pth#397923af"
-    lpips: Annotated[str, "LPIPS' linear layers"] = f"{LPIPS}/vgg.pth#a78928a0"
-    base: Annotated[str, "folder of the embedded world's base"] = str(Path(scenes.__file__).parent)
+    lpips: Annotated[str, "LPIPS' linear layers"] = f"{LPIPS_URL}/vgg.pth#a78928a0"
+    base: Annotated[str, "folder of the embedded world's networks"] = str(Path(scenes.__file__).parent)
     # Run
     out: Annotated[str, "folder of the run, or of --sample's images"] = "runs/llamagen"
     seed: Annotated[int, "seed of everything that is drawn"] = 0
@@ -146,10 +145,9 @@ def check_config(cfg):
             least = "more than 0" if positive else "0 or more"
             expect(fits, f"{options.option_name(name)} {value}: expected {least}, and finite")
     expect(cfg.group_size >= max(2, cfg.rank_k), "--group-size: expected 2 or more, and at least --rank-k")
-    for name in ("policy_ema", "decoder_ema", "caption_dropout", "gan_beta2"):
-        expect(
-            getattr(cfg, name) <= 1, f"{options.option_name(name)} {getattr(cfg, name)}: expected 0 or more, 1 at most"
-        )
+    for name in ("policy_ema", "decoder_ema", "caption_dropout"):
+        expect(getattr(cfg, name) <= 1, f"{options.option_name(name)}: expected 0 or more, 1 at most")
+    expect(cfg.gan_beta2 < 1, "--gan-beta2: expected less than 1")
     overwrites = Path(cfg.out).resolve() in (Path(cfg.ckpt).resolve().parent, Path(cfg.vq).resolve().parent)
     expect(cfg.sample or not overwrites, f"--out {cfg.out}: holds --ckpt or --vq; name another folder")
     cuda = "cuda" in (cfg.device, cfg.t5_device)
@@ -173,7 +171,7 @@ def save_checkpoint(out, models, cfg, step, rows, world_size, data):
 
 
 def load_checkpoint(state, models, world_size, data):
-    """Fills `models` with what `save_checkpoint` kept, and frees it: `train` holds `state` to the end."""
+    """Fills `models` with what `save_checkpoint` kept, and frees it: `post_train` holds `state` to the end."""
     for name, before, now in (("processes", state["world_size"], world_size), ("data", state["data"], data)):
         if before != now:
             print(f"{name}: {before} -> {now}; from here on other numbers are drawn")
@@ -201,8 +199,9 @@ def train(cfg):
 
 def post_train(cfg, out, rank, world_size):
     """Loads, post-trains, evaluates, saves."""
-    # Where an earlier run stopped
     torch.manual_seed(cfg.seed)  # for what has no stream of its own: the random weights of new modules
+
+    # Where an earlier run stopped
     state = read_checkpoint(out / "ckpt.pt") if cfg.resume else {"step": 0}
     start = state["step"]
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
@@ -213,16 +212,18 @@ def post_train(cfg, out, rank, world_size):
     world = world_of(cfg.data).load_world(cfg)
     models = Models(world, make_autocast(cfg), cfg)
     N = models.policy.config.grid_size**2
-    base = {"base": copy.deepcopy(world.vq)}  # what the trained decoder is compared with
-    decoders = base | {"own": models.vq_ema} if cfg.trains_decoder else base
+    base_decoder = {"base": copy.deepcopy(world.vq)}
+    # "own" is the EMA, which the rollouts were decoded by.
+    decoders = base_decoder | {"own": models.vq_ema} if cfg.trains_decoder else base_decoder
     watched = Watched(world, cfg)
 
     rows, log = [], ""
     if rank == 0:
-        say("drawing the base's images" + (f", {len(world.captions)} to measure" if world.evaluate else ""))
-        _, base_images = watched.draw(models.policy, base, 8)
+        say("drawing the base's images")
+        _, base_images = watched.draw(models.policy, base_decoder, 8)  # before a checkpoint takes the base's place
         if world.evaluate and not cfg.resume:
-            rows = watched.measure(models.policy, base, "base", 0)
+            say(f"drawing and measuring {len(world.captions)} of them")
+            rows = watched.measure(models.policy, base_decoder, "base", 0)
     if cfg.resume:
         load_checkpoint(state, models, world_size, world.data)
         rows, log = state["rows"], read_log(out / "log.jsonl", start)
@@ -246,7 +247,7 @@ def post_train(cfg, out, rank, world_size):
         say(f"{out}: {start} steps are done already; --max-steps {cfg.max_steps} asks for no more")
         if rank == 0:
             save(start)  # it may have been ended between its last checkpoint and what is for others
-    # Closed, or an exception leaves the workers of `batches`, for which the exit waits for ever.
+    # Closed: after an exception the exit would wait for the workers of `batches` for ever.
     with noted_signals() as received, contextlib.closing(batches):
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
             started = time.perf_counter()

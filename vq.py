@@ -202,7 +202,7 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.encode_latents(images))
 
     def decode_latents(self, latents):
-        """Unit latents (B, d, h, w) to images (B, 3, H, W), about [-1, 1]: not clamped, to keep gradients."""
+        """Unit latents (B, d, h, w) to images (B, 3, H, W), about [-1, 1]; who shows, scores or ranks them clamps."""
         return self.decoder(self.post_quant_conv(latents))
 
     def decode(self, codes):
@@ -241,7 +241,7 @@ def load_vq(state_dict, norm_groups=32):
     return build(lambda: VQModel(config), statistic | state_dict).to(memory_format=torch.channels_last)
 
 
-# ---- the networks that judge a decoder -------------------------------------------------------------------------------
+# ---- what trains a decoder -------------------------------------------------------------------------------------------
 
 
 def patch_discriminator(ndf=64, n_layers=3, kernel=4):

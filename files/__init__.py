@@ -1,1 +1,1 @@
-"""Files that other people made or will read: a disk, weights, images. Nothing here is the paper's."""
+"""What is not the paper's: the disk, weights, images, options, logs, other processes."""

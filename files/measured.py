@@ -1,4 +1,4 @@
-"""What is measured, as it lies in files: statistics of features, prompts, tokens."""
+"""What metrics.py reads beside images: statistics of features, prompts, tokens."""
 
 import json
 

@@ -23,7 +23,7 @@ def option_parser(config, program, doc, groups, others={}):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])
         kind, text = field.type.__origin__, field.type.__metadata__[0]
-        defaults = [str(field.default)]
+        defaults = ["none" if field.default in ("", ()) else str(field.default)]
         for name, settings in others.items():
             if field.name in settings:
                 defaults.append(f"{name} {settings[field.name]}")

@@ -129,9 +129,8 @@ def run_settings(ckpt):
         settings |= {name: saved[name] for name in OF_WEIGHTS if name in saved}
         if path.is_dir():
             settings.pop("top_k", None)  # Janus-Pro is drawn at another top-k than it is trained at
-        print(
-            f"--ckpt {ckpt}: {path.name} with {vq.name if 'vq' in settings else 'its own decoder'}, settings of {run}"
-        )
+        pair = f" with {vq.name}" if "vq" in settings else ""
+        print(f"--ckpt {ckpt}: {path.name}{pair}, settings of {run}")
     return settings
 
 

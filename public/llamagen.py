@@ -46,8 +46,8 @@ def clean_caption(text):
 class T5Encoder:
     """LlamaGen's text encoder, flan-t5-xl, from its folder; in bf16 on a GPU, 2.4 GB.
 
-    `dim` is C, `max_length` the largest T. LlamaGen was trained with `padding` on the left; the authors draw
-    COCO's images with it on the right. Needs the package transformers.
+    `dim` is C, `max_length` the largest T. LlamaGen was trained with `padding` on the left, a caption in the *last*
+    positions; the authors train and draw COCO's images with it on the right. Needs the package transformers.
     Raises InputError for a folder that is not whole, or another encoder's.
     """
 

@@ -63,16 +63,16 @@ def drawing_settings(policy, vq, cfg):
     return json.dumps(settings).encode()
 
 
-def sample(world, cfg):
-    """Draws the captions of --sample with a world's networks, in GenEval's layout; what is there already is not drawn again.
+def sample(module, cfg):
+    """Draws the captions of --sample with the networks of a world's `module`, in GenEval's layout; what is there already is not drawn again.
 
     A caption is in OUT/00000/metadata.jsonl, an image in OUT/00000/samples/0000.png, its tokens in 0000.npy.
     An image depends only on the files, the settings, and which caption and which of its images it is.
     """
     expect(os.environ.get("WORLD_SIZE", "1") == "1", "--sample runs as one process; start it without torchrun")
     out, prompts = Path(cfg.out), read_prompts(cfg.sample, cfg.num_images)
-    cfg = world.resolve_files(cfg)
-    policy, vq, text_encoder = world.load_pretrained(cfg)
+    cfg = module.resolve_files(cfg)
+    policy, vq, text_encoder = module.load_pretrained(cfg)
     for name, network in {"ckpt": policy, "vq": vq}.items():
         finite = all(weight.isfinite().all() for weight in network.parameters())
         expect(finite, f"--{name} {getattr(cfg, name)}: holds weights that are not finite")
