@@ -366,13 +366,16 @@ def test_public_files_are_fetched_once(tmp_path, monkeypatch):
     write_tar(F / "object_1.tar", {0: "x/0", 1: "x/1"})
     data = {"id": "BLIP3o/BLIP3o-60k", "sha": COMMIT, "siblings": [{"rfilename": "object_1.tar", "size": 51e9}]}
     data_tree = [{"type": "file", "path": "object_1.tar", "size": 1, "oid": "0"}]
-    pages = {"main": {"id": "google/flan-t5-xl", "sha": COMMIT}, COMMIT: tree, "data-main": data}
+    t5 = {"id": "google/flan-t5-xl", "sha": COMMIT, "siblings": [{"rfilename": file["path"]} for file in tree]}
+    pages = {"main": t5, COMMIT: tree, "data-main": data}
     for name, content in (pages | {f"data-{COMMIT}": data_tree, "BLIP3o-60k": data}).items():
         (F / name).write_text(json.dumps(content))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, huggingface_hub.file_download):  # huggingface_hub before 1.0 reads the second
+        monkeypatch.setattr(module, *template, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -756,7 +759,8 @@ def test_resume_says_and_uses_what_changed(data_run, tmp_path, monkeypatch):
     assert y["step"] == len(read_log(out)) == 4
 
 
-TORCHRUN = f"--standalone --nproc_per_node=2 --shutdown-timeout=600 {HERE}/train.py {SCENES}"
+PATIENT = "--shutdown-timeout=600" * ("--shutdown-timeout" in torch.distributed.run.get_args_parser().format_help())
+TORCHRUN = f"--standalone --nproc_per_node=2 {PATIENT} {HERE}/train.py {SCENES}"
 SIGNALLED = [
     (train.main, f"{RUN} --method rl --vgg '' --lpips ''", os.kill, signal.SIGINT, 130),
     (train.main, f"{RUN} {QUICK}", os.killpg, signal.SIGTERM, 143),
