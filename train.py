@@ -1,12 +1,12 @@
 """Post-training with RankE: settings, the loop, checkpoints.
 
-    python train.py                          the embedded world: minutes on a CPU
-    python train.py --method rl --out runs/rl            standard RL: no stage 2
-    python train.py --ckpt llamagen_xl.pt    what is missing is fetched once
+    python train.py                         the embedded world, minutes on a CPU
+    python train.py --method rl --out runs/rl           standard RL, no stage 2
+    python train.py --ckpt llamagen_xl.pt   what is missing is fetched once
     python train.py --ckpt deepseek-ai/Janus-Pro-1B
     python train.py --ckpt RUN --sample "a red bus" --out DIR
-    python train.py --resume --out DIR       goes on where a run was stopped
-    torchrun --nproc_per_node=8 train.py …   on several GPUs
+    python train.py --resume --out DIR      goes on where a run was stopped
+    torchrun --nproc_per_node=8 train.py …  on several GPUs
 
 Every option of the method is a field of rankee.Config, whose defaults are the
 authors' for LlamaGen but for three; each world's preset holds what differs. In
