@@ -195,6 +195,8 @@ def train(cfg):
     expect(cfg.resume or not holds, f"--out {out}: holds a run ({', '.join(holds)}); --resume it or name another one")
     with alone_in(out) if rank == 0 else contextlib.nullcontext():
         post_train(cfg, out, rank, world_size)
+    if rank == 0 and cfg.device == "cuda":
+        print(f"peak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
 
 
 def post_train(cfg, out, rank, world_size):
@@ -243,10 +245,9 @@ def post_train(cfg, out, rank, world_size):
 
     # Post-train
     bad_steps, batches = 0, world.batches(start, rank, world_size)
-    if start >= cfg.max_steps:
-        say(f"{out}: {start} steps are done already; --max-steps {cfg.max_steps} asks for no more")
-        if rank == 0:
-            save(start)  # it may have been ended between its last checkpoint and what is for others
+    if start >= cfg.max_steps and rank == 0:
+        print(f"{out}: {start} steps are done already; --max-steps {cfg.max_steps} asks for no more")
+        save(start)  # it may have been ended between its last checkpoint and what is for others
     # Closed: after an exception the exit would wait for the workers of `batches` for ever.
     with noted_signals() as received, contextlib.closing(batches):
         for step, (step_captions, images) in zip(range(start, cfg.max_steps), batches):
@@ -277,8 +278,6 @@ def post_train(cfg, out, rank, world_size):
                 sys.exit(128 + stop)
     if rank == 0 and rows:
         print_table(rows)
-    if rank == 0 and cfg.device == "cuda":
-        print(f"peak of GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on {torch.cuda.get_device_name()}")
 
 
 def main(argv=None):
