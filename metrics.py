@@ -73,7 +73,7 @@ def preprocess(images, mode):
     x = torch.tensor(images).permute(0, 3, 1, 2).float()
     if mode == "pytorch-fid":
         return F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
-    # What PIL's bicubic does to float channels, as in clean-fid; of whole images PIL would round between its two passes.
+    # What PIL's bicubic does to float channels, as in clean-fid; of whole images PIL rounds between its two passes.
     return (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
 
 

@@ -196,7 +196,7 @@ class Policy(nn.Module):
         """Room for keys and values of `rows` sequences: (n_layer, 2, rows, heads, positions, head_dim)."""
         config, device = self.config, self.norm.weight.device
         shape = (config.n_layer, 2, rows, config.dim // config.head_dim, positions, config.head_dim)
-        # Zeros: a step recorded as a CUDA graph (below) reads past what is filled, and leftover NaN would pass through its mask.
+        # Zeros: a step recorded as a CUDA graph (below) reads past what is filled, and NaN would pass through its mask.
         return torch.zeros(shape, device=device, dtype=compute_dtype(device))
 
 

@@ -362,7 +362,7 @@ def update_policy(models, rollouts, step, cfg):
 
 
 def update_discriminator(models, rollouts, images, cfg):
-    """Trains the discriminator: real images (B', 3, H, W) against what D_φ, not its EMA, decodes. Returns what to log."""
+    """Trains the discriminator: real images (B', 3, H, W) against what D_φ, not D_ema, decodes. Returns what to log."""
     with torch.no_grad():
         if cfg.disc_fakes == "rollouts":
             fakes = in_batches(models.vq.decode, rollouts.tokens, size=cfg.micro_batch_size).clamp(-1, 1)

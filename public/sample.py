@@ -57,17 +57,19 @@ class Watched:
 
 def drawing_settings(policy, vq, cfg):
     """What an image of --sample depends on, beside its caption: JSON. The networks are told by a checksum."""
-    settings = {name: getattr(cfg, name) for name in ("cfg_scale", "temperature", "top_k", "padding", "seed")}
+    names = ("image_size", "cfg_scale", "temperature", "top_k", "padding", "seed")
+    settings = {name: getattr(cfg, name) for name in names}
     for name, weight in {"ckpt": policy.norm.weight, "vq": vq.decoder.conv_out.weight}.items():
         settings[name] = zlib.crc32(weight.detach().cpu().numpy().tobytes())
     return json.dumps(settings).encode()
 
 
 def sample(module, cfg):
-    """Draws the captions of --sample with the networks of a world's `module`, in GenEval's layout; what is there already is not drawn again.
+    """Draws the captions of --sample with the networks of a world's `module` (train.world_of), in GenEval's layout.
 
-    A caption is in OUT/00000/metadata.jsonl, an image in OUT/00000/samples/0000.png, its tokens in 0000.npy.
-    An image depends only on the files, the settings, and which caption and which of its images it is.
+    What is there already is not drawn again. A caption is in OUT/00000/metadata.jsonl, an image in
+    OUT/00000/samples/0000.png, its tokens in 0000.npy. An image depends only on the files, the settings, and which
+    caption and which of its images it is.
     """
     expect(os.environ.get("WORLD_SIZE", "1") == "1", "--sample runs as one process; start it without torchrun")
     out, prompts = Path(cfg.out), read_prompts(cfg.sample, cfg.num_images)
