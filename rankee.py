@@ -216,8 +216,8 @@ class World:
     lpips: torch.nn.Module  # two batches of images → distances (B,); None will do for standard RL
     discriminator: torch.nn.Module  # images → logits (B, 1, h, w)
     batches: Callable  # first step, process, processes → yields a step's captions and real images (B', 3, H, W)
-    captions: list  # drawn before, during and after the run; the first 8 are shown
-    images: torch.Tensor  # (8, 3, H, W), real images of the first 8
+    captions: list  # drawn before, during and after the run
+    images: torch.Tensor  # (n, 3, H, W), their real images
     data: str  # says which data these are; a resumed run compares it
     evaluate: Callable | None  # tokens and images drawn for `captions` → numbers by name, if the world has any
     save_networks: Callable  # folder, networks by name: files for other programs

@@ -39,11 +39,10 @@ import torch.distributed as dist
 import scenes
 from files import options
 from files.disk import InputError, atomic_save, expect, make_folder, reading, tolerant_output
-from files.images import save_preview
 from files.log import log_step, print_table, read_log
 from files.processes import alone_in, any_process, init_distributed, mean_over_processes, noted_signals
 from files.weights import read_checkpoint, run_settings, saved_settings
-from public.sample import Watched, make_autocast, sample
+from public.sample import Watched, make_autocast, sample, save_picture
 from rankee import Config, Models, random_stream, train_step, uniform
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -222,10 +221,10 @@ def post_train(cfg, out, rank, world_size):
     rows, log = [], ""
     if rank == 0:
         say("drawing the base's images")
-        _, base_images = watched.draw(models.policy, base_decoder, 8)  # before a checkpoint takes the base's place
+        _, base_images = watched.draw(models.policy, base_decoder, 64)  # before a checkpoint takes the base's place
         if world.evaluate and not cfg.resume:
             say(f"drawing and measuring {len(world.captions)} of them")
-            rows = watched.measure(models.policy, base_decoder, "base", 0)
+            rows = watched.measure_real(world.vq) + watched.measure(models.policy, base_decoder, "base", 0)
     if cfg.resume:
         load_checkpoint(state, models, world_size, world.data)
         rows, log = state["rows"], read_log(out / "log.jsonl", start)
@@ -238,10 +237,9 @@ def post_train(cfg, out, rank, world_size):
         for folder in [out, out / f"{step:06d}"] if cfg.keep_exports else [out]:
             make_folder(folder)
             world.save_networks(folder, {name: getattr(models, name) for name in EXPORTED})
-        _, images = watched.draw(models.policy, decoders, 8)
-        columns = {"real": world.images} | base_images
-        columns |= {f"{cfg.method}, {name} decoder": x for name, x in images.items()}
-        save_preview(out / f"preview-{step:06d}.png", columns, world.captions[:8])
+        _, images = watched.draw(models.policy, decoders, 64)
+        columns = base_images | {f"{cfg.method}, {name} decoder": x for name, x in images.items()}
+        save_picture(out / f"preview-{step:06d}.png", world, columns)
 
     # Post-train
     bad_steps, batches = 0, world.batches(start, rank, world_size)

@@ -97,13 +97,13 @@ def to_pil(image):
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_preview(path, columns, captions):
-    """Saves images as a grid, a row a caption; columns: label -> images (n, 3, H, W) in [-1, 1]."""
+def save_preview(path, columns, captions, note):
+    """Saves images as a grid, a row a caption, `note` under it; columns: label -> images (n, 3, H, W) in [-1, 1]."""
     font = ImageFont.load_default(13)
     margin, head = 190, 24  # pixels for the captions on the left, and for the labels above
-    cell = max(128, *(images.shape[-1] for images in columns.values()))
+    cell = max(160, *(images.shape[-1] for images in columns.values()))
     pitch = cell + 4
-    sheet = Image.new("RGB", (margin + len(columns) * pitch, head + len(captions) * pitch), "white")
+    sheet = Image.new("RGB", (margin + len(columns) * pitch, 2 * head + len(captions) * pitch), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (label, images) in enumerate(columns.items()):
         draw.text((margin + x * pitch, 4), label, "black", font)
@@ -112,4 +112,5 @@ def save_preview(path, columns, captions):
             sheet.paste(tile, (margin + x * pitch, head + y * pitch))
     for y, caption in enumerate(captions):
         draw.text((6, head + y * pitch + 4), textwrap.fill(caption, 26, max_lines=cell // 17), "black", font)
+    draw.text((6, sheet.height - head + 4), note, "black", font)
     atomic_save(path, lambda file: sheet.save(file, "PNG"))

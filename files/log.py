@@ -30,6 +30,8 @@ def read_log(path, steps):
 
 
 def print_table(rows):
-    print("\n" + "".join(f"{name:>16}" for name in rows[0]))
-    for row in rows:
-        print("".join(f"{value:16.3f}" if isinstance(value, float) else f"{value:>16}" for value in row.values()))
+    lines = [list(rows[0]), *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
+    print()
+    for line in lines:
+        print("".join(cell.rjust(width) for cell, width in zip(line, widths)))

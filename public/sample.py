@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from files.disk import atomic_save, expect, make_folder
-from files.images import to_pil
+from files.images import save_preview, to_pil
 from public.data import read_prompts
 from rankee import in_batches, random_stream, sample_tokens, uniform
 
@@ -48,11 +48,40 @@ class Watched:
         tokens, _, images = drawn
         return tokens, dict(zip(decoders, images))
 
+    @torch.no_grad()
+    def measure_real(self, vq):
+        """The numbers of the captions' real images as `vq` reconstructs them; token KL's is its floor."""
+        tokens = in_batches(vq.encode, self.world.images.to(self.cfg.device), size=self.cfg.micro_batch_size)
+        images = in_batches(vq.decode, tokens, size=self.cfg.micro_batch_size)
+        return [{"method": "real", "decoder": "base", "step": 0} | self.world.evaluate(tokens, images)]
+
     def measure(self, policy, decoders, method, step):
         """The world's numbers of all captions' images, a row a decoder."""
         tokens, images = self.draw(policy, decoders)
         where = {"method": method, "decoder": "", "step": step}
         return [where | {"decoder": name} | self.world.evaluate(tokens, x) for name, x in images.items()]
+
+
+@torch.no_grad()
+def save_picture(path, world, columns, rows=8):
+    """Saves a sheet of real and drawn images: of the world's first n captions those whose reward rose most.
+
+    columns: label -> images (n, 3, H, W) of these captions. The first is the base's, with which the last is compared.
+    Where the last is of a run's "own decoder", the one before it is the base decoder's of the same policy.
+    """
+    labels, n = list(columns), len(columns["base"])
+    before, after, shown, note = columns["base"], columns[labels[-1]], torch.arange(n), ""
+    if n > rows:
+        text_emb = world.scorer.encode_text(world.captions[:n])
+        old, new = (in_batches(world.scorer, x.clamp(-1, 1), text_emb, size=n) for x in (before, after))
+        shown = (new - old).topk(rows).indices.cpu()
+        note = f"Of the first {n} captions, the {rows} whose reward rose most from base to {labels[-1]}."
+    columns = {"real": world.images} | columns
+    if "own decoder" in labels[-1]:
+        columns["difference x 4"] = 4 * (after - columns[labels[-2]])
+        note += " Difference: own decoder less base decoder, amplified, on grey."
+    captions = [world.captions[i] for i in shown]
+    save_preview(path, {label: images[shown] for label, images in columns.items()}, captions, note)
 
 
 def drawing_settings(policy, vq, cfg):

@@ -252,8 +252,9 @@ def load_judges(folder, device):
     return networks
 
 
-# CLIP × 100; Fréchet distance on the last layer; × 1000 on the middle one; share of attributes right; nats; bits.
-NUMBERS = ("clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
+# The small CLIP's score × 100; Fréchet distance on the last layer; × 1000 on the middle one; share of attributes
+# right; nats; bits.
+NUMBERS = ("scene_clip", "frechet", "frechet_middle", "accuracy", "token_kl", "token_entropy")
 
 
 class Evaluation:
@@ -264,9 +265,10 @@ class Evaluation:
         self.attributes, _, self.images = random_scenes(n, random_stream(seed, "evaluation"))
         self.captions = [caption(row) for row in self.attributes]
         self.text_emb = scorer.encode_text(self.captions)
-        codes = in_batches(vq.encode, self.images.to(device), size=256)
+        others = random_scenes(n, random_stream(0, "other scenes"))[2].to(device)
+        codes = in_batches(vq.encode, others, size=256)
         self.real_histogram = token_histogram(codes.cpu(), self.codebook_size)
-        self.real_statistics = self.statistics(random_scenes(n, random_stream(0, "other scenes"))[2].to(device))
+        self.real_statistics = self.statistics(others)
 
     def statistics(self, images):
         return [feature_statistics([x])[:2] for x in self.feature_net.features(images)]
@@ -326,7 +328,7 @@ def load_world(cfg):
         discriminator=judges["discriminator"],
         batches=lambda start, rank, world_size: batches(batch_size, cfg.seed, start, rank, world_size),
         captions=evaluation.captions,
-        images=evaluation.images[:8],
+        images=evaluation.images,
         evaluate=evaluation,
         data="scenes",
         save_networks=save_networks,
