@@ -1441,12 +1441,6 @@ def test_bf16_is_the_policys_layers_alone():
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
-def ablations():
-    """The README's edits of rankee.py: (text that goes, text that comes)."""
-    for block in re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S):
-        yield tuple("\n".join(line[1:] for line in block.splitlines() if line[0] == sign) for sign in "-+")
-
-
 def test_the_readme_names_what_there_is():
     """Else a reader looks for an option or a function that is gone, or the page outgrows its readers."""
     text = (HERE / "README.md").read_text("utf-8")
@@ -1482,17 +1476,51 @@ def test_imports_run_one_way():
                 assert FLOORS.get(other, -1) < FLOORS.get(room, 5), f"{file} imports {other}"
 
 
-@pytest.mark.parametrize("old, new", list(ablations()), ids=range(3))
-def test_the_readmes_ablations_apply_and_run(monkeypatch, old, new):
+def edits():
+    """What a reader is told to edit: the (file, hunks) of diffs that follow each other, named by their section."""
+    for page in ("README.md", "experiments/exercises.md"):
+        for section in (HERE / page).read_text("utf-8").split("\n## ")[1:]:
+            for diffs in re.findall(r"(?:```diff\n.*?```\s*)+", section, re.S):
+                files = re.findall(r"```diff\n(?:--- (\w+)\.py\n)?(.*?)```", diffs, re.S)
+                yield pytest.param([(file or "rankee", hunks) for file, hunks in files], id=section.splitlines()[0])
+
+
+EDIT_CFG = replace(CFG, policy_lr=1e-3, decoder_lr=1e-3, cfg_logprobs=True)
+
+
+@pytest.fixture(scope="module")
+def unedited_logs():
+    return play(EDIT_CFG, steps=2)[1]
+
+
+@pytest.mark.parametrize("files", list(edits()))
+def test_the_edits_of_readme_and_exercises_apply_and_run(monkeypatch, unedited_logs, files):
     """Else the first edit a reader tries fails, or changes nothing."""
-    source, cfg = (HERE / "rankee.py").read_text("utf-8"), replace(CFG, policy_lr=1e-3, decoder_lr=1e-3)
-    assert source.count(old) == 1 and len(old.splitlines() + new.splitlines()) <= 5
-    _, logs = play(cfg, steps=2)
-    edited = ModuleType("rankee")
-    exec(source.replace(old, new), edited.__dict__)
-    monkeypatch.setitem(globals(), "rankee", edited)
-    _, edited_logs = play(cfg, steps=2)
-    assert edited_logs != logs and all(map(math.isfinite, edited_logs.values()))
+    sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in ("policy", "vq", "rankee")}
+    for name, hunks in files:
+        for hunk in hunks.split("@@\n"):
+            lines = hunk.splitlines()
+            old, new = ("".join(f"{line[1:]}\n" for line in lines if line[0] == sign) for sign in "-+")
+            assert f"\n{sources[name]}".count(f"\n{old}") == 1 and {line[0] for line in lines} == {"-", "+"}
+            sources[name] = sources[name].replace(old, new)
+    assert sum(len(re.findall("^[-+]", hunks, re.M)) for _, hunks in files) <= 10
+    for name, here in {"policy": "policies", "vq": "vqs", "rankee": "rankee"}.items():  # what imports comes last
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(sources[name], module.__dict__)
+        monkeypatch.setitem(globals(), here, module)
+    models, logs = play(EDIT_CFG, steps=2)
+    assert logs != unedited_logs and all(map(math.isfinite, logs.values()))
+    assert ("quantize.embedding.weight" in moved(EDIT_CFG, models, "vq")) == ("quantize" in str(files))
+
+
+def test_the_exercises_commands_are_understood():
+    """Else the first run a class starts ends with a usage message."""
+    text = (HERE / "experiments" / "exercises.md").read_text("utf-8")
+    commands = re.findall(r"^python train\.py (.*)", text, re.M)
+    assert len(commands) > 10 and max(map(len, text.splitlines())) <= 120
+    for command in commands:
+        train.parse_config(command.split())
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
