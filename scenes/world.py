@@ -147,11 +147,11 @@ def draw(attributes, nuisance, rng):
     light = 1 + (0.4 * torch.einsum("ni,nihw->nhw", hidden["light"], p)).clamp(-0.2, 0.2)
     paint = (COLOURS[colour] + 0.04 * hidden["colour"])[:, :, None, None] * (ink * light)[:, None]
 
-    # Ground: a weave of 3 pixels, low-frequency blotches.
-    cell = torch.arange(RESOLUTION) // 3
-    weave = 0.05 * ((cell[:, None] + cell) % 2 * 2 - 1)
+    # Ground: a hatching 6 pixels apart, low-frequency blotches.
+    pixel = torch.arange(RESOLUTION)
+    hatching = 0.05 * torch.sin((pixel[:, None] + pixel) * (2 * torch.pi / 6))
     blotches = 0.05 * F.interpolate(hidden["blotches"].view(n, 1, 4, 4), RESOLUTION, mode="bilinear")
-    ground = (BACKGROUNDS[background] + 0.02 * hidden["ground"])[:, :, None, None] + weave + blotches
+    ground = (BACKGROUNDS[background] + 0.02 * hidden["ground"])[:, :, None, None] + hatching + blotches
 
     grain = 0.0125 * torch.from_numpy(rng.standard_normal(ground.shape, dtype=np.float32))
     return (torch.lerp(ground, paint, coverage[:, None]) + grain).clamp(0, 1) * 2 - 1
