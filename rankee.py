@@ -423,7 +423,7 @@ def train_step(models, captions, images, u, step, cfg):
     u (B, G, N), uniform in [0, 1), decides the rollouts. Returns what to log.
     """
     rise = (step + 1) / (cfg.warmup_steps + 1)
-    fall = (cfg.max_steps - step) / cfg.cooldown_steps if cfg.cooldown_steps else 1.0
+    fall = (cfg.max_steps - step) / min(cfg.cooldown_steps, cfg.max_steps) if cfg.cooldown_steps else 1.0
     for group in models.policy_optimizer.param_groups:
         group["lr"] = cfg.policy_lr * min(1.0, rise, fall)
     if cfg.method == "sft":

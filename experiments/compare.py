@@ -36,10 +36,10 @@ from files.weights import read_checkpoint
 from public.sample import Watched, save_picture
 from scenes import world
 
-# Weights of a group's best and worst rollout differ by these factors at these τ (rewards' range in a group of 8, on
-# average, over the factor's logarithm).
-RAW_TAU = {2: 20.0, 5: 8.6, 20: 4.6}
-STANDARDIZED_TAU = {2: 4.0, 5: 1.72, 20: 0.93}
+# At these τ the weights of a group's best and worst rollout differ by these factors. The rewards of a group of 8 span
+# 30.6 on average, 2.87 standardized (the base's, 96 groups), and τ is the span over the factor's logarithm.
+RAW_TAU = {2: 44.0, 5: 19.0, 20: 10.2}
+STANDARDIZED_TAU = {2: 4.1, 5: 1.8, 20: 0.96}
 ALL_RANKED = "--method decoder --batch-size 8 --rank-k 0"
 
 # Study: key: the options that make it of RankE. The order is that of tables and legends. RankE and standard RL belong
