@@ -61,7 +61,6 @@ class Config:
     # Stage 1
     policy_lr: Annotated[float, "learning rate of π_θ"] = 1e-5
     warmup_steps: Annotated[int, "steps over which the policy's learning rate rises"] = 0
-    cooldown_steps: Annotated[int, "last steps, over which it falls to 0"] = 0
     clip_eps: Annotated[float, "ε, clip range of π_θ / π_old; never acts with one update a step"] = 0.2
     kl_coef: Annotated[float, "β, weight of the KL anchor"] = 0.05
     ref_policy: Annotated[Literal["ema", "initial"], "π_ref: the policy's EMA (paper) or its start (scripts)"] = "ema"
@@ -422,10 +421,9 @@ def train_step(models, captions, images, u, step, cfg):
 
     u (B, G, N), uniform in [0, 1), decides the rollouts. Returns what to log.
     """
-    rise = (step + 1) / (cfg.warmup_steps + 1)
-    fall = (cfg.max_steps - step) / min(cfg.cooldown_steps, cfg.max_steps) if cfg.cooldown_steps else 1.0
+    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     for group in models.policy_optimizer.param_groups:
-        group["lr"] = cfg.policy_lr * min(1.0, rise, fall)
+        group["lr"] = cfg.policy_lr * warmup
     if cfg.method == "sft":
         logs = finetune_policy(models, captions[: len(images)], images[: len(captions)], u[:, 0, 0], cfg)
     else:
