@@ -57,6 +57,7 @@ import public.world
 import rankee
 import train
 import vq as vqs
+from experiments import compare
 from files.disk import InputError
 from files.log import log_step
 from files.images import load_image, to_pixels
@@ -1453,7 +1454,7 @@ def test_the_readme_names_what_there_is():
         and "scenes\n                        80" in help_
     )
     options = set(re.findall(r"--[\w-]+", help_))
-    others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--pretrain"}
+    others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--study", "--pretrain"}
     assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
     table = re.search(r"\| in the paper.*?\n\n", text, re.S).group()
     source = (HERE / "rankee.py").read_text("utf-8")
@@ -1514,13 +1515,13 @@ def test_the_edits_of_readme_and_exercises_apply_and_run(monkeypatch, unedited_l
     assert ("quantize.embedding.weight" in moved(EDIT_CFG, models, "vq")) == ("quantize" in str(files))
 
 
-def test_the_exercises_commands_are_understood():
-    """Else the first run a class starts ends with a usage message."""
+def test_the_commands_of_exercises_and_comparison_are_understood():
+    """Else the first run a class starts, or the last of an hour's comparison, ends with a usage message."""
     text = (HERE / "experiments" / "exercises.md").read_text("utf-8")
     commands = re.findall(r"^python train\.py (.*)", text, re.M)
     assert len(commands) > 10 and max(map(len, text.splitlines())) <= 120
-    for command in commands:
-        train.parse_config(command.split())
+    for command in [*commands, *compare.ABLATIONS.values()]:
+        train.parse_config(command.format(folder=F).split())
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from scenes import world
 # 30.6 on average, 2.87 standardized (the base's, 96 groups), and τ is the span over the factor's logarithm.
 RAW_TAU = {2: 44.0, 5: 19.0, 20: 10.2}
 STANDARDIZED_TAU = {2: 4.1, 5: 1.8, 20: 0.96}
-ALL_RANKED = "--method decoder --batch-size 8 --rank-k 0"
+ALL_RANKED = "--method decoder --batch-size 4 --real-batch-size 16 --rank-k 0"
 
 # Study: key: the options that make it of RankE. The order is that of tables and legends. RankE and standard RL belong
 # to each study but "ranks".
@@ -112,36 +112,39 @@ def run_all(commands, processes):
             child.wait()
 
 
-def swap(configs, picture):
-    """Rows that measure each policy of a seed through each decoder; configs: key -> settings.
+def load_run(cfg, out):
+    """The policy that a run left, and its decoder's EMA."""
+    return world.load_pretrained(dataclasses.replace(cfg, ckpt=f"{out}/policy.pt", vq=f"{out}/vq_ema.pt"))[:2]
 
-    `picture` is a file for what base, standard RL and RankE draw, or None.
-    """
-    cfg, rows, drawn = (
-        configs["ranke"],
-        [],
-        {},
-    )  # of its settings, only those that all of the seed's runs share are read
+
+def swap(configs):
+    """Rows that measure each policy of a seed through each decoder; configs: key -> settings."""
+    cfg, rows = configs["ranke"], []  # of its settings, only those that all of the seed's runs share are read
     base = world.load_world(cfg)
-    pairs = {"base": (base.policy, base.vq)}
+    policies, decoders = {"base": base.policy}, {"base": base.vq}
     for key, run in configs.items():
-        pairs[key] = world.load_pretrained(
-            dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq_ema.pt")
-        )
-    policies = {key: pair[0] for key, pair in pairs.items() if key == "base" or configs[key].trains_policy}
-    decoders = {key: pair[1] for key, pair in pairs.items() if key == "base" or configs[key].trains_decoder}
+        policy, vq = load_run(cfg, run.out)
+        policies |= {key: policy} if run.trains_policy else {}
+        decoders |= {key: vq} if run.trains_decoder else {}
 
     watched = Watched(base, cfg)  # what the runs were measured on
     for key, policy in policies.items():
         tokens, images = watched.draw(policy, decoders)
         for decoder, x in images.items():
             rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | base.evaluate(tokens, x))
-            drawn[key, decoder] = x[:64]
-    if picture:
-        shown = {"base": ("base", "base"), "rl, base decoder": ("rl", "base")}
-        shown |= {"ranke, base decoder": ("ranke", "base"), "ranke, own decoder": ("ranke", "ranke")}
-        save_picture(picture, base, {label: drawn[pair] for label, pair in shown.items()})
     return rows
+
+
+def draw_picture(path, configs):
+    """What base, standard RL and RankE draw for a seed's captions, and what RankE's decoder changes."""
+    cfg = configs["ranke"]
+    base = world.load_world(cfg)
+    watched = Watched(base, cfg)
+    (rl, _), (ranke, vq) = (load_run(cfg, configs[key].out) for key in ("rl", "ranke"))
+    _, columns = watched.draw(base.policy, {"base": base.vq}, 64)
+    columns |= watched.draw(rl, {"rl, base decoder": base.vq}, 64)[1]
+    columns |= watched.draw(ranke, {"ranke, base decoder": base.vq, "ranke, own decoder": vq}, 64)[1]
+    save_picture(path, base, columns)
 
 
 def save_json(path, content):
@@ -198,8 +201,8 @@ def print_tables(found):
             last[f"{key}, base d."] = through_base[key]
     print_means(f"{len(first)} seeds", last)
     print_means("minus base", last, dict.fromkeys(last, last["base"]))
-    if "rl" in last:
-        print_means("minus rl", last, dict.fromkeys(last, last["rl"]))
+    for key in last.keys() & {"rl", "uniform"}:
+        print_means(f"minus {key}", last, dict.fromkeys(last, last[key]))
     print_means("minus base d.", {key: last[key] for key in through_base}, through_base)
     print(f"\nstep {first[0][-1]['step']}; ± is a mean's standard error, 4/5: lower in 4 seeds of 5; d. is decoder")
 
@@ -301,12 +304,11 @@ def compare(args, options):
         print_frontier(*curves)
         save_figure(out / "frontier.png", (12, 4.5), draw_frontier, *curves)
     if args.study == "methods":
-        swaps = []
-        for seed in seeds:
-            picture = out / "picture.png" if seed == seeds[0] else None
-            swaps += swap({key: configs[seed, key] for key in keys}, picture)
+        of_seeds = [{key: configs[seed, key] for key in keys} for seed in seeds]
+        swaps = [row for of_seed in of_seeds for row in swap(of_seed)]
         save_json(out / "swap.json", swaps)
         print_swap(swaps)
+        draw_picture(out / "picture.png", of_seeds[0])
     print(f"results.json, figures and all runs are in {out}")
 
 

@@ -2,7 +2,7 @@
 
     python -m scenes.world --pretrain --out DIR --seed 1       make a base of its own
 
-A scene is one object on a background, 32 × 32, drawn from seven attributes; its caption names them: "small
+A scene is one object on a hatched ground, 32 × 32, drawn from seven attributes; its caption names them: "small
 red striped circle top left on navy". Shift, rotation, light, phase, blotches and grain are in no caption: the
 decoder has to paint them. Four networks stand in for the public ones:
 
