@@ -897,7 +897,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
 def test_scenes_show_their_captions(scenes_run):
     """Else the first run's reward, accuracy and pictures disagree: the judges read what `render` draws."""
     rows = json.loads((scenes_run[0] / "results.json").read_text())
-    expected = [("real", "base", 0), ("base", "base", 0), *(("ranke", decoder, step) for step in (1, 2) for decoder in ("base", "own"))]
+    expected = [("real", "base", 0), ("base", "base", 0)]
+    expected += [("ranke", decoder, step) for step in (1, 2) for decoder in ("base", "own")]
     assert [(row["method"], row["decoder"], row["step"]) for row in rows] == expected and "frechet" in scenes_run[1]
     base = scenes.load_world(train.parse_config(["--eval-samples", "256"]))
     images = base.evaluate.images
@@ -1454,7 +1455,7 @@ def test_the_readme_names_what_there_is():
         and "scenes\n                        80" in help_
     )
     options = set(re.findall(r"--[\w-]+", help_))
-    others = {"--nproc_per_node", "--shutdown-timeout", "--help", "--preprocess", "--vq", "--seeds", "--study", "--pretrain"}
+    others = set("--nproc_per_node --shutdown-timeout --help --preprocess --vq --seeds --study --pretrain".split())
     assert set(re.findall(r"(?<![\w|-])--[a-z][\w-]+", text)) <= options | others
     table = re.search(r"\| in the paper.*?\n\n", text, re.S).group()
     source = (HERE / "rankee.py").read_text("utf-8")
@@ -1478,12 +1479,11 @@ def test_imports_run_one_way():
 
 
 def edits():
-    """What a reader is told to edit: the (file, hunks) of diffs that follow each other, named by their section."""
-    for page in ("README.md", "experiments/exercises.md"):
-        for section in (HERE / page).read_text("utf-8").split("\n## ")[1:]:
-            for diffs in re.findall(r"(?:```diff\n.*?```\s*)+", section, re.S):
-                files = re.findall(r"```diff\n(?:--- (\w+)\.py\n)?(.*?)```", diffs, re.S)
-                yield pytest.param([(file or "rankee", hunks) for file, hunks in files], id=section.splitlines()[0])
+    """The exercises' edits, each the (file, hunks) of its diffs: a section's that follow each other."""
+    for section in (HERE / "experiments" / "exercises.md").read_text("utf-8").split("\n## ")[1:]:
+        for diffs in re.findall(r"(?:```diff\n.*?```\s*)+", section, re.S):
+            files = re.findall(r"```diff\n--- (\w+)\.py\n(.*?)```", diffs, re.S)
+            yield pytest.param(files, id=section.splitlines()[0])
 
 
 EDIT_CFG = replace(CFG, policy_lr=1e-3, decoder_lr=1e-3, cfg_logprobs=True)
@@ -1495,7 +1495,7 @@ def unedited_logs():
 
 
 @pytest.mark.parametrize("files", list(edits()))
-def test_the_edits_of_readme_and_exercises_apply_and_run(monkeypatch, unedited_logs, files):
+def test_the_exercises_edits_apply_and_run(monkeypatch, unedited_logs, files):
     """Else the first edit a reader tries fails, or changes nothing."""
     sources = {name: (HERE / f"{name}.py").read_text("utf-8") for name in ("policy", "vq", "rankee")}
     for name, hunks in files:

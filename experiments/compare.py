@@ -1,18 +1,18 @@
 """The methods beside each other on the embedded world: the same base, seeds, rollouts and steps for each.
 
     python -m experiments.compare --seeds 5                       the methods (--study methods)
-    python -m experiments.compare --seeds 5 --study frontier      standard RL and RankE at five strengths of the anchor
+    python -m experiments.compare --seeds 5 --study frontier      standard RL and RankE at five β of the KL anchor
     python -m experiments.compare --ablations k1 ema-reference    only these beside RankE and standard RL
     python -m experiments.compare --out runs/d -- --lambda-d 0.1  what follows -- goes to each run of train.py: also
                                                                   --base DIR, made by scenes.world --pretrain
 
-Each run is an ordinary `python train.py --out OUT/seed-N/KEY`, its output in OUT/seed-N/KEY.log; some go on
-at a time, with a core each. Ctrl-C or SIGTERM ends them after their step, saved; the same command goes on
-from there, or adds seeds, studies and ablations to what is done. It prints the tables and leaves results.json (every
-measurement of every run, with seed and key), picture.png of the first seed, and frontier.png or swap.json (every
-policy through every decoder).
+Each run is an ordinary `python train.py --out OUT/seed-N/KEY`, its output in OUT/seed-N/KEY.log, on one core;
+--processes of them run at a time. Ctrl-C or SIGTERM ends them after their step, saved; the same command goes on
+from there, or adds seeds, studies and ablations to what is done. It prints the tables and leaves STUDY.json, every
+measurement of its runs with seed and key. `methods` also leaves swap.json, every policy through every decoder, and
+each seed's picture.png; `frontier` leaves frontier.png.
 
-A run is reported through its own decoder, standard RL through the base's, which it has kept.
+A run is reported through its own decoder; one that keeps the base's decoder (rl, sft) through that.
 """
 
 import dataclasses
@@ -36,33 +36,33 @@ from files.weights import read_checkpoint
 from public.sample import Watched, save_picture
 from scenes import world
 
-# At these τ the weights of a group's best and worst rollout differ by these factors. The rewards of a group of 8 span
-# 30.6 on average, 2.87 standardized (the base's, 96 groups), and τ is the span over the factor's logarithm.
+# At these τ the weights of best and worst differ by these factors in a group of average span: the rewards of 8
+# rollouts span 30.6 on average, 2.87 standardized (the base's, 96 groups); τ is the span over the factor's logarithm.
 RAW_TAU = {2: 44.0, 5: 19.0, 20: 10.2}
 STANDARDIZED_TAU = {2: 4.1, 5: 1.8, 20: 0.96}
 ALL_RANKED = "--method decoder --batch-size 4 --real-batch-size 16 --rank-k 0"
 
-# Study: key: the options that make it of RankE. The order is that of tables and legends. RankE and standard RL belong
-# to each study but "ranks".
+# For each study, its runs: a key, and the options that differ from RankE's. The order is that of the tables. RankE and
+# standard RL belong to each study but "ranks".
 STUDIES = {
     "methods": {
         "real-images": "--method decoder --lambda-d 0 --lambda-g 0 --lambda-c 0 --disc-fakes reconstructions",
         "sft": "--method sft",
         "rl": "--method rl",
         "decoder-only": "--method decoder",
-        "policy-first": "--method decoder --data scenes --ckpt {folder}/rl",  # after rl: its policy stays
+        "policy-first": "--method decoder --data scenes --ckpt {folder}/rl/policy.pt",  # after rl: its policy stays
         "uniform-gan": "--gan uniform",
         "k1": "--rank-k 1",
         "no-consistency": "--lambda-c 0",
         "ema-reference": "--ref-policy ema",
         "ranke": "",
     },
-    # The fifth strength is the default's.
+    # And the preset's β, 1.
     "frontier": {
         f"{m}-{beta}": f"--method {m} --kl-coef {beta}" for m in ("rl", "ranke") for beta in (3, 0.3, 0.1, 0.03)
     },
     # A decoder alone, K = G: what the weights do, without the noise of a policy.
-    "ranks": {"uniform": f"{ALL_RANKED} --tau-start 1e6 --tau-end 1e6"}
+    "ranks": {"equal-weights": f"{ALL_RANKED} --tau-start 1e6 --tau-end 1e6"}
     | {f"raw-{x}": f"{ALL_RANKED} --no-rank-zscore --tau-start {tau} --tau-end {tau}" for x, tau in RAW_TAU.items()}
     | {f"standardized-{x}": f"{ALL_RANKED} --tau-start {tau} --tau-end {tau}" for x, tau in STANDARDIZED_TAU.items()},
 }
@@ -112,18 +112,17 @@ def run_all(commands, processes):
             child.wait()
 
 
-def load_run(cfg, out):
-    """The policy that a run left, and its decoder's EMA."""
-    return world.load_pretrained(dataclasses.replace(cfg, ckpt=f"{out}/policy.pt", vq=f"{out}/vq_ema.pt"))[:2]
+def swap(configs, picture):
+    """Rows that measure each policy of a seed through each decoder; configs: key -> settings.
 
-
-def swap(configs):
-    """Rows that measure each policy of a seed through each decoder; configs: key -> settings."""
-    cfg, rows = configs["ranke"], []  # of its settings, only those that all of the seed's runs share are read
-    base = world.load_world(cfg)
+    `picture` is a file for what base, standard RL and RankE draw.
+    """
+    cfg, rows, columns = configs["ranke"], [], {}
+    base = world.load_world(cfg)  # of RankE's settings, only those that all of the seed's runs share are read
     policies, decoders = {"base": base.policy}, {"base": base.vq}
     for key, run in configs.items():
-        policy, vq = load_run(cfg, run.out)
+        of_run = dataclasses.replace(cfg, ckpt=f"{run.out}/policy.pt", vq=f"{run.out}/vq_ema.pt")
+        policy, vq, _ = world.load_pretrained(of_run)
         policies |= {key: policy} if run.trains_policy else {}
         decoders |= {key: vq} if run.trains_decoder else {}
 
@@ -132,19 +131,11 @@ def swap(configs):
         tokens, images = watched.draw(policy, decoders)
         for decoder, x in images.items():
             rows.append({"seed": cfg.seed, "policy": key, "decoder": decoder} | base.evaluate(tokens, x))
+            columns[key, decoder] = x[:64]
+    shown = {"base": ("base", "base"), "rl, base decoder": ("rl", "base")}
+    shown |= {"ranke, base decoder": ("ranke", "base"), "ranke, own decoder": ("ranke", "ranke")}
+    save_picture(picture, base, {label: columns[pair] for label, pair in shown.items()})
     return rows
-
-
-def draw_picture(path, configs):
-    """What base, standard RL and RankE draw for a seed's captions, and what RankE's decoder changes."""
-    cfg = configs["ranke"]
-    base = world.load_world(cfg)
-    watched = Watched(base, cfg)
-    (rl, _), (ranke, vq) = (load_run(cfg, configs[key].out) for key in ("rl", "ranke"))
-    _, columns = watched.draw(base.policy, {"base": base.vq}, 64)
-    columns |= watched.draw(rl, {"rl, base decoder": base.vq}, 64)[1]
-    columns |= watched.draw(ranke, {"ranke, base decoder": base.vq, "ranke, own decoder": vq}, 64)[1]
-    save_picture(path, base, columns)
 
 
 def save_json(path, content):
@@ -157,7 +148,7 @@ def save_json(path, content):
 def by_step(rows, decoder="own"):
     """A run's rows, step -> row, through that decoder where it has one, else through the base's."""
     rows = [row for row in rows if row["method"] != "real"]
-    return {row["step"]: row for row in sorted(rows, key=lambda row: row["decoder"] == decoder)}
+    return {row["step"]: row for row in sorted(rows, key=lambda row: (row["step"], row["decoder"] == decoder))}
 
 
 def last_rows(runs, decoder="own"):
@@ -165,27 +156,23 @@ def last_rows(runs, decoder="own"):
     return [by_step(rows, decoder)[rows[-1]["step"]] for rows in runs]
 
 
-def mean_cell(name, values, differences):
-    """Mean ± standard error of one number over the seeds, and in how many of them a distance is lower."""
-    digits = 3 if name in ("accuracy", "token_kl") else 2
-    cell = f"{np.mean(values):{'+' if differences else ''}.{digits}f}"
-    if len(values) > 1:
-        cell += f"±{np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
-        if differences and name.startswith("frechet"):
-            cell += f" {sum(value < 0 for value in values)}/{len(values)}"
-    return cell
-
-
 def print_means(title, found, references=None):
-    """found: key -> a row a seed; less those of `references`, key -> a row a seed, within a seed."""
+    """Means over the seeds of found[key], a row a seed; with `references`, of the differences within a seed.
+
+    ± is a mean's standard error; 4/5: the number is lower in 4 seeds of 5.
+    """
     lines = []
     for key, rows in found.items():
         line = {title: key}
         for name in world.NUMBERS:
-            values = [row[name] for row in rows]
+            values = np.array([row[name] for row in rows])
             if references:
-                values = [value - other[name] for value, other in zip(values, references[key])]
-            line[name] = mean_cell(name, values, references)
+                values = values - [row[name] for row in references[key]]
+            line[name] = f"{values.mean():.3f}"
+            if len(values) > 1:
+                line[name] += f"±{values.std(ddof=1) / len(values) ** 0.5:.3f}"
+            if references:
+                line[name] += f" {(values < 0).sum()}/{len(values)}"
         lines.append(line)
     print_table(lines)
 
@@ -198,65 +185,40 @@ def print_tables(found):
         last[key] = last_rows(runs)
         if last[key][0]["decoder"] == "own":
             through_base[key] = last_rows(runs, "base")
-            last[f"{key}, base d."] = through_base[key]
-    print_means(f"{len(first)} seeds", last)
-    print_means("minus base", last, dict.fromkeys(last, last["base"]))
-    for key in last.keys() & {"rl", "uniform"}:
+            last[f"{key}, base decoder"] = through_base[key]
+    print_means(f"{len(first)} seeds, step {first[0][-1]['step']}", last)
+    for key in [key for key in ("base", "rl", "ranke", "equal-weights") if key in last]:
         print_means(f"minus {key}", last, dict.fromkeys(last, last[key]))
-    print_means("minus base d.", {key: last[key] for key in through_base}, through_base)
-    print(f"\nstep {first[0][-1]['step']}; ± is a mean's standard error, 4/5: lower in 4 seeds of 5; d. is decoder")
+    print_means("own minus base decoder", {key: last[key] for key in through_base}, through_base)
 
 
 def by_strength(found, configs, method):
-    """β -> the rows of each seed's run of the method, from the strongest anchor to the weakest."""
+    """β -> the rows of each seed's run of the method, from the strongest KL anchor to the weakest."""
     keys = {"rl", "ranke", *STUDIES["frontier"]}
     betas = {key: cfg.kl_coef for (_, key), cfg in configs.items() if cfg.method == method and key in keys}
     return {betas[key]: found[key] for key in sorted(betas, key=betas.get, reverse=True)}
 
 
-def at_reward(runs, name, reward):
-    """One seed's number at a reward: linear between the ends of its runs at all strengths, and the base."""
-    ends = sorted((row["scene_clip"], row[name]) for row in [runs[0][1], *last_rows(runs)])
-    clip, values = zip(*ends)
-    return np.interp(reward, clip, values) if clip[0] <= reward <= clip[-1] else np.nan
-
-
-def print_frontier(rl, ranke):
-    """rl, ranke: β -> the rows of each seed's run. Their ends at the same β, and at the same reward."""
-    ends = {f"ranke, β {beta:g}": last_rows(runs) for beta, runs in ranke.items()}
-    print_means("minus rl, same β", ends, dict(zip(ends, map(last_rows, rl.values()))))
-    lines = []
-    for reward in range(83, 90):
-        line = {"ranke minus rl at": f"scene_clip {reward}"}
-        for name in ("frechet", "frechet_middle"):
-            pairs = [[at_reward(seed, name, reward) for seed in zip(*x.values())] for x in (ranke, rl)]
-            values = np.subtract(*pairs)
-            line[name] = mean_cell(name, values[np.isfinite(values)], True) if np.isfinite(values).any() else "-"
-        lines.append(line)
-    print_table(lines)
-
-
 def draw_frontier(figure, rl, ranke):
-    """Reward against distance: the means over the seeds at each strength, thin over a run's steps."""
-    curves = {"standard RL": (rl, "base"), "RankE's policy, base's decoder": (ranke, "base"), "RankE": (ranke, "own")}
-    for i, (name, label) in enumerate({"frechet": "Fréchet distance", "frechet_middle": "middle layer"}.items()):
-        axes = figure.add_subplot(
-            1, 2, i + 1, xlabel="scene_clip (higher is better)", ylabel=f"{label} (lower is better)"
-        )
+    """Reward against distance at each β, means over the seeds with standard errors; thin, over a run's steps."""
+    curves = {"rl": (rl, "base"), "ranke, base decoder": (ranke, "base"), "ranke, own decoder": (ranke, "own")}
+    for i, name in enumerate(("frechet", "frechet_middle")):
+        axes = figure.add_subplot(1, 2, i + 1, xlabel="scene_clip ↑", ylabel=f"{name} ↓")
         for color, (curve, (runs_at, decoder)) in enumerate(curves.items()):
             ends = []
-            for runs in runs_at.values():
-                steps = [list(by_step(rows, decoder).values()) for rows in runs]  # seeds, steps
+            for beta, runs in runs_at.items():
+                steps = [by_step(rows, decoder).values() for rows in runs]  # seeds, steps
                 points = np.array([[(row["scene_clip"], row[name]) for row in rows] for rows in steps])
                 axes.plot(*points.mean(0).T, color=f"C{color}", alpha=0.3, linewidth=0.8)
-                ends.append([*points[:, -1].mean(0), *points[:, -1].std(0, ddof=1) / len(runs) ** 0.5])
+                ends.append([*points[:, -1].mean(0), *points[:, -1].std(0) / max(1, len(runs) - 1) ** 0.5])
+                axes.annotate(f"{beta:g}", ends[-1][:2], (4, 4), textcoords="offset points", fontsize=8)
             x, y, x_error, y_error = zip(*ends)
             axes.errorbar(x, y, y_error, x_error, "o-", color=f"C{color}", markersize=4, label=curve)
         first = next(iter(rl.values()))
-        for row, (label, marker) in enumerate({"real scenes, reconstructed": "*", "base": "s"}.items()):
-            x, y = (np.mean([rows[row][number] for rows in first]) for number in ("scene_clip", name))
-            axes.plot(x, y, marker, color="black", markersize=8, label=label)
-    axes.legend()
+        real, base = ([np.mean([rows[i][x] for rows in first]) for x in ("scene_clip", name)] for i in (0, 1))
+        axes.axhline(real[1], color="black", linestyle=":", label=f"real, base decoder (scene_clip {real[0]:.1f})")
+        axes.plot(*base, "s", color="black", markersize=8, label="base")
+    figure.axes[0].legend()
 
 
 def print_swap(rows):
@@ -295,21 +257,22 @@ def compare(args, options):
         run_all(commands, args.processes)
 
     runs = {run: json.loads(Path(cfg.out, "results.json").read_text()) for run, cfg in configs.items()}
-    rows = [{"seed": seed, "ablation": key} | row for (seed, key), found in runs.items() for row in found]
-    save_json(out / "results.json", rows)
+    rows = [{"seed": seed, "key": key} | row for (seed, key), found in runs.items() for row in found]
+    save_json(out / f"{args.study}.json", rows)
     found = {key: [runs[seed, key] for seed in seeds] for key in keys}
     print_tables(found)
     if args.study == "frontier":
-        curves = [by_strength(found, configs, method) for method in ("rl", "ranke")]
-        print_frontier(*curves)
-        save_figure(out / "frontier.png", (12, 4.5), draw_frontier, *curves)
+        rl, ranke = (by_strength(found, configs, method) for method in ("rl", "ranke"))
+        ends = [{f"β {beta:g}": last_rows(x[beta]) for beta in rl if beta in ranke} for x in (ranke, rl)]
+        print_means("ranke minus rl", *ends)
+        save_figure(out / "frontier.png", (12, 5), draw_frontier, rl, ranke)
     if args.study == "methods":
-        of_seeds = [{key: configs[seed, key] for key in keys} for seed in seeds]
-        swaps = [row for of_seed in of_seeds for row in swap(of_seed)]
+        swaps = []
+        for seed in seeds:
+            swaps += swap({key: configs[seed, key] for key in keys}, out / f"seed-{seed}" / "picture.png")
         save_json(out / "swap.json", swaps)
         print_swap(swaps)
-        draw_picture(out / "picture.png", of_seeds[0])
-    print(f"results.json, figures and all runs are in {out}")
+    print(f"tables as JSON, figures and all runs are in {out}")
 
 
 def main():

@@ -69,17 +69,18 @@ def save_picture(path, world, columns, rows=8):
     columns: label -> images (n, 3, H, W) of these captions. The first is the base's, with which the last is compared.
     Where the last is of a run's "own decoder", the one before it is the base decoder's of the same policy.
     """
+    columns = {label: images.clamp(-1, 1) for label, images in columns.items()}
     labels, n = list(columns), len(columns["base"])
     before, after, shown, note = columns["base"], columns[labels[-1]], torch.arange(n), ""
     if n > rows:
         text_emb = world.scorer.encode_text(world.captions[:n])
-        old, new = (in_batches(world.scorer, x.clamp(-1, 1), text_emb, size=n) for x in (before, after))
+        old, new = (in_batches(world.scorer, x, text_emb, size=n) for x in (before, after))
         shown = (new - old).topk(rows).indices.cpu()
-        note = f"Of the first {n} captions, the {rows} whose reward rose most from base to {labels[-1]}."
+        note = f"Of the first {n} captions, the {rows} whose reward rose most from base to {labels[-1]}. "
     columns = {"real": world.images} | columns
     if "own decoder" in labels[-1]:
         columns["difference x 4"] = 4 * (after - columns[labels[-2]])
-        note += " Difference: own decoder less base decoder, amplified, on grey."
+        note += "Difference: own decoder less base decoder, amplified, on grey."
     captions = [world.captions[i] for i in shown]
     save_preview(path, {label: images[shown] for label, images in columns.items()}, captions, note)
 

@@ -147,7 +147,7 @@ def draw(attributes, nuisance, rng):
     light = 1 + (0.4 * torch.einsum("ni,nihw->nhw", hidden["light"], p)).clamp(-0.2, 0.2)
     paint = (COLOURS[colour] + 0.04 * hidden["colour"])[:, :, None, None] * (ink * light)[:, None]
 
-    # Ground: a hatching 6 pixels apart, low-frequency blotches.
+    # Ground: a hatching, every 6 pixels along a row, low-frequency blotches.
     pixel = torch.arange(RESOLUTION)
     hatching = 0.05 * torch.sin((pixel[:, None] + pixel) * (2 * torch.pi / 6))
     blotches = 0.05 * F.interpolate(hidden["blotches"].view(n, 1, 4, 4), RESOLUTION, mode="bilinear")
