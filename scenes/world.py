@@ -330,7 +330,7 @@ def load_world(cfg):
         captions=evaluation.captions,
         images=evaluation.images,
         evaluate=evaluation,
-        data="scenes",
+        data="hatched scenes",  # until 8cfb2eb they were woven; a resumed run of then says so
         save_networks=save_networks,
     )
 
