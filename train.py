@@ -77,7 +77,7 @@ class TrainConfig(Config):
     workers: Annotated[int, "processes that read images, at most; 0: the run itself"] = 4
     device: Annotated[Literal["cpu", "cuda"], "where it runs"] = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Annotated[Literal["auto", "float32", "bf16"], "of the policy's layers; auto: bf16 on cuda"] = "auto"
-    eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 2048
+    eval_samples: Annotated[int, "images in an evaluation on the embedded world"] = 4096
     eval_every: Annotated[int, "steps between evaluations; 0: the last step alone"] = 0
     save_every: Annotated[int, "steps between checkpoints and previews; the last step makes them too"] = 500
     keep_exports: Annotated[bool, "keep the networks of each save, in OUT/STEP"] = False

@@ -61,8 +61,9 @@ STUDIES = {
     "frontier": {
         f"{m}-{beta}": f"--method {m} --kl-coef {beta}" for m in ("rl", "ranke") for beta in (3, 0.3, 0.1, 0.03)
     },
-    # A decoder alone, K = G: what the weights do, without the noise of a policy.
+    # A decoder alone, K = G: what the weights do, without the noise of a policy. They are in the GAN and the reward term.
     "ranks": {"equal-weights": f"{ALL_RANKED} --tau-start 1e6 --tau-end 1e6"}
+    | {"raw-20-uniform-gan": f"{ALL_RANKED} --no-rank-zscore --tau-start 10.2 --tau-end 10.2 --gan uniform"}
     | {f"raw-{x}": f"{ALL_RANKED} --no-rank-zscore --tau-start {tau} --tau-end {tau}" for x, tau in RAW_TAU.items()}
     | {f"standardized-{x}": f"{ALL_RANKED} --tau-start {tau} --tau-end {tau}" for x, tau in STANDARDIZED_TAU.items()},
 }
