@@ -40,7 +40,7 @@ from scenes import world
 # rollouts span 30.6 on average, 2.87 standardized (the base's, 96 groups); τ is the span over the factor's logarithm.
 RAW_TAU = {2: 44.0, 5: 19.0, 20: 10.2}
 STANDARDIZED_TAU = {2: 4.1, 5: 1.8, 20: 0.96}
-ALL_RANKED = "--method decoder --batch-size 4 --real-batch-size 16 --rank-k 0"
+RANKED = "--method decoder --batch-size 4 --real-batch-size 16 --rank-k 0"
 
 # For each study, its runs: a key, and the options that differ from RankE's. The order is that of the tables. RankE and
 # standard RL belong to each study but "ranks".
@@ -61,11 +61,11 @@ STUDIES = {
     "frontier": {
         f"{m}-{beta}": f"--method {m} --kl-coef {beta}" for m in ("rl", "ranke") for beta in (3, 0.3, 0.1, 0.03)
     },
-    # A decoder alone, K = G: what the weights do, without the noise of a policy. They are in the GAN and the reward term.
-    "ranks": {"equal-weights": f"{ALL_RANKED} --tau-start 1e6 --tau-end 1e6"}
-    | {"raw-20-uniform-gan": f"{ALL_RANKED} --no-rank-zscore --tau-start 10.2 --tau-end 10.2 --gan uniform"}
-    | {f"raw-{x}": f"{ALL_RANKED} --no-rank-zscore --tau-start {tau} --tau-end {tau}" for x, tau in RAW_TAU.items()}
-    | {f"standardized-{x}": f"{ALL_RANKED} --tau-start {tau} --tau-end {tau}" for x, tau in STANDARDIZED_TAU.items()},
+    # A decoder alone, K = G: no noise of a policy. With --gan uniform the weights act in the reward term alone.
+    "ranks": {"equal-weights": f"{RANKED} --tau-start 1e6 --tau-end 1e6"}
+    | {"raw-20-uniform": f"{RANKED} --gan uniform --no-rank-zscore --tau-start {RAW_TAU[20]} --tau-end {RAW_TAU[20]}"}
+    | {f"raw-{x}": f"{RANKED} --no-rank-zscore --tau-start {tau} --tau-end {tau}" for x, tau in RAW_TAU.items()}
+    | {f"standardized-{x}": f"{RANKED} --tau-start {tau} --tau-end {tau}" for x, tau in STANDARDIZED_TAU.items()},
 }
 ABLATIONS = {key: options for study in STUDIES.values() for key, options in study.items()}
 
